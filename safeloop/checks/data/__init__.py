@@ -1,0 +1,1 @@
+"""Codes SL85: data, device and folders."""

@@ -1,0 +1,1 @@
+"""Codes SL7: evaluation and metrics."""
