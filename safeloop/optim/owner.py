@@ -1,0 +1,123 @@
+"""An owner at run time: an optimizer, the parameters it updates, its clipping and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from safeloop.autograd.norms import are_uniform
+from safeloop.optim.direct import DirectUpdate, direct_update
+from safeloop.optim.ownership import aliases, matches
+
+
+class Spec(Protocol):
+    """What a config says of one optimizer: see `safeloop.optim.specs`."""
+
+    @property
+    def groups(self) -> Sequence[Any]:
+        """Parameters with values of their own."""
+
+    @property
+    def max_norm(self) -> float | None:
+        """The norm that its gradient is clipped to."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The spec of its schedule."""
+
+    def accepts(self, argument: str) -> bool:
+        """Whether torch's optimizer has this argument."""
+
+    def arguments(self) -> dict[str, Any]:
+        """torch's arguments that the config gives."""
+
+    def build(self, param_groups: list[dict[str, Any]], **defaults: Any) -> Optimizer:
+        """The torch optimizer over these groups; `defaults` are used where the config says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One optimizer with everything that the step needs of it, decided once."""
+
+    name: str
+    optimizer: Optimizer
+    parameters: dict[str, nn.Parameter]
+    """full name -> parameter, in the optimizer's order"""
+    max_norm: float | None = None
+    scheduler: LRScheduler | None = None
+    tensors: list[nn.Parameter] = field(init=False)
+    is_uniform: bool = field(init=False)
+    direct: DirectUpdate | None = field(init=False)
+    """the direct path to the fused kernel; None where `optimizer.step()` is called"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", list(self.parameters.values()))
+        object.__setattr__(self, "is_uniform", are_uniform(self.tensors))
+        object.__setattr__(self, "direct", direct_update(self.optimizer))
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether every group runs torch's fused kernel, which takes `found_inf` and bumps no version counter."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
+
+    @property
+    def schedule(self) -> str | None:
+        """The class of its schedule."""
+        return None if self.scheduler is None else type(self.scheduler).__name__
+
+    @property
+    def kind(self) -> str:
+        """The optimizer's class, and how it runs."""
+        how = (", direct" if self.direct is not None else "") if self.is_fused else ""
+        return type(self.optimizer).__name__ + (" fused" if self.is_fused else "") + how
+
+
+def build_owner(name: str, spec: Spec, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Owner:
+    """The owner that a spec describes, over `parameters` (full name -> parameter), in param groups as its `groups` say.
+
+    What no group takes has the top level's values. A group takes a tied parameter by any of its names; the first
+    group wins.
+    """
+    names = aliases(model)
+    left = dict(parameters)
+    groups: list[dict[str, Any]] = []
+    ordered: dict[str, nn.Parameter] = {}
+    for group in spec.groups:
+        taken = {
+            n: left.pop(n) for n in list(left) if any(matches(alias, group.params) for alias in names.get(n, (n,)))
+        }
+        if taken:
+            groups.append({"params": list(taken.values()), **group.arguments()})
+            ordered |= taken
+    if left:
+        groups.append({"params": list(left.values())})
+        ordered |= left
+    optimizer = _built(spec, groups)
+    scheduler = None if spec.scheduler is None else spec.scheduler.build(optimizer)
+    return Owner(name, optimizer, ordered, spec.max_norm, scheduler)
+
+
+def ready_owner(name: str, optimizer: Optimizer, model: nn.Module) -> Owner:
+    """The owner that a ready optimizer is; what is no parameter of the model is named after its place in it."""
+    name_of = {parameter: full for full, parameter in model.named_parameters()}
+    held = {
+        name_of.get(tensor, f"{name}[{g}][{i}]"): tensor
+        for g, group in enumerate(optimizer.param_groups)
+        for i, tensor in enumerate(group["params"])
+    }
+    return Owner(name, optimizer, held)
+
+
+def _built(spec: Spec, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer, with torch's fused kernel where it has one here and the config does not choose another."""
+    says_how = {"fused", "foreach", "capturable"} & spec.arguments().keys()
+    if spec.accepts("fused") and not says_how:
+        with suppress(RuntimeError):  # torch's way to say that it has no fused kernel for a device or a dtype
+            return spec.build(groups, fused=True)
+    return spec.build(groups)
