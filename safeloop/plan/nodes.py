@@ -1,0 +1,309 @@
+"""The operations that a step is made of. Each declares what it needs, gives and voids; `plan.py` walks these facts.
+
+A fact is a `Fact(kind, subject)`: the subject is an owner, or a phase for `graph`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+
+class Fact(NamedTuple):
+    """Something that holds at a point of the step."""
+
+    kind: str
+    subject: str
+
+    def __str__(self) -> str:
+        return _SENTENCES[self.kind].format(self.subject)
+
+
+_SENTENCES = {
+    "clean": "the gradients of `{}` are zeroed",
+    "graph": "phase `{}` has run its forward, and no update has changed the weights that its graph saved",
+    "gradients": "`{}` has the gradients of this step",
+    "finite": "the gradients of `{}` are checked to be finite",
+    "clipped": "the gradients of `{}` are clipped",
+    "updated": "`{}` is updated",
+}
+
+
+class Term(NamedTuple):
+    """A loss term as the plan knows it."""
+
+    name: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1.0 else f"{self.weight:g} {self.name}"
+
+
+def facts(kind: str, *subjects: str) -> frozenset[Fact]:
+    """One fact of `kind` for each subject."""
+    return frozenset(Fact(kind, subject) for subject in subjects)
+
+
+NOTHING: frozenset[Fact] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation of a phase."""
+
+    verb: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """What must hold before."""
+        return NOTHING
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        """What holds afterwards."""
+        return NOTHING
+
+    @property
+    def voids(self) -> frozenset[Fact]:
+        """What no longer holds afterwards."""
+        return NOTHING
+
+    @property
+    def subject(self) -> str:
+        """What it works on, for the printed plan."""
+        return ""
+
+    @property
+    def note(self) -> str:
+        """What a reader of the plan should know, in a few words."""
+        return ""
+
+    @property
+    def why(self) -> str:
+        """Why it stands where it stands."""
+        return ""
+
+
+def _of_gradients(owners: tuple[str, ...]) -> frozenset[Fact]:
+    return facts("gradients", *owners) | facts("finite", *owners) | facts("clipped", *owners)
+
+
+@dataclass(frozen=True, slots=True)
+class Zero(Node):
+    """Forget the gradients of earlier steps."""
+
+    verb: ClassVar[str] = "zero"
+    owners: tuple[str, ...]
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("clean", *self.owners)
+
+    @property
+    def voids(self) -> frozenset[Fact]:
+        return _of_gradients(self.owners)
+
+    @property
+    def subject(self) -> str:
+        return ", ".join(self.owners)
+
+    @property
+    def note(self) -> str:
+        return "set to none"
+
+    @property
+    def why(self) -> str:
+        return "gradients add up until they are forgotten; none, not zeros: no optimizer moves what took no part"
+
+
+@dataclass(frozen=True, slots=True)
+class Forward(Node):
+    """Call the user's loss function on a micro-batch."""
+
+    verb: ClassVar[str] = "forward"
+    phase: str
+    terms: tuple[Term, ...]
+    is_open: bool = False
+    """whether the function may return terms that the config does not declare"""
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("graph", self.phase)
+
+    @property
+    def subject(self) -> str:
+        return ", ".join([*(term.name for term in self.terms), *(["..."] if self.is_open else [])])
+
+    @property
+    def note(self) -> str:
+        return "and what else losses() returns, with weight 1" if self.is_open else ""
+
+    @property
+    def why(self) -> str:
+        return "each term is checked before the backward pass: a finite-to-be scalar with a path to what it trains"
+
+
+@dataclass(frozen=True, slots=True)
+class Backward(Node):
+    """All terms in one pass of the engine."""
+
+    verb: ClassVar[str] = "backward"
+    phase: str
+    terms: tuple[Term, ...]
+    owners: tuple[str, ...]
+    is_open: bool = False
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return facts("graph", self.phase) | facts("clean", *self.owners)
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("gradients", *self.owners)
+
+    @property
+    def voids(self) -> frozenset[Fact]:
+        return facts("graph", self.phase) | facts("clean", *self.owners)
+
+    @property
+    def subject(self) -> str:
+        terms = " + ".join([*(str(term) for term in self.terms), *(["..."] if self.is_open else [])])
+        return f"{terms} -> {', '.join(self.owners)}"
+
+    @property
+    def note(self) -> str:
+        return "one pass, graph freed"
+
+    @property
+    def why(self) -> str:
+        if len(self.terms) == 1 and not self.is_open:
+            return "one term: one pass, retain_graph=False"
+        return (
+            "no update lies between the terms, so one pass serves all: nothing to retain, shared layers are walked once"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Finite(Node):
+    """Refuse NaN and infinity before anything is changed by them."""
+
+    verb: ClassVar[str] = "finite"
+    owners: tuple[str, ...]
+    policy: str = "raise"
+    is_deferred: bool = False
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return facts("gradients", *self.owners)
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("finite", *self.owners)
+
+    @property
+    def subject(self) -> str:
+        return ", ".join(self.owners)
+
+    @property
+    def note(self) -> str:
+        return f"policy {self.policy}" + (", read one step later" if self.is_deferred else "")
+
+    @property
+    def why(self) -> str:
+        if self.is_deferred:
+            return (
+                "a flag on the device blocks this update and all later ones; it is read one step later, without a sync"
+            )
+        return "checked through the gradient norm, which the log needs anyway; all owners are refused together or none"
+
+
+@dataclass(frozen=True, slots=True)
+class Clip(Node):
+    """Scale the gradients of one owner down to a norm."""
+
+    verb: ClassVar[str] = "clip"
+    owner: str
+    max_norm: float
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return facts("gradients", self.owner) | facts("finite", self.owner)
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("clipped", self.owner)
+
+    @property
+    def subject(self) -> str:
+        return f"{self.owner} <= {self.max_norm:g}"
+
+    @property
+    def note(self) -> str:
+        return "after the finite check: a NaN is never spread"
+
+    @property
+    def why(self) -> str:
+        return "clipping multiplies every gradient by max_norm / norm: one NaN in the norm would reach all of them"
+
+
+@dataclass(frozen=True, slots=True)
+class Update(Node):
+    """One step of an optimizer."""
+
+    verb: ClassVar[str] = "update"
+    owner: str
+    optimizer: str
+    is_clipped: bool = False
+    note_text: str = ""
+    phases: tuple[str, ...] = ()
+    """phases whose graph may hold the old weights"""
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        clipped = facts("clipped", self.owner) if self.is_clipped else NOTHING
+        return facts("gradients", self.owner) | facts("finite", self.owner) | clipped
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("updated", self.owner)
+
+    @property
+    def voids(self) -> frozenset[Fact]:
+        return _of_gradients((self.owner,)) | facts("graph", *self.phases)
+
+    @property
+    def subject(self) -> str:
+        return f"{self.owner}  {self.optimizer}"
+
+    @property
+    def note(self) -> str:
+        return self.note_text
+
+    @property
+    def why(self) -> str:
+        return "only gradients that are of this step, complete, finite and clipped reach the weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule(Node):
+    """Advance one learning-rate schedule."""
+
+    verb: ClassVar[str] = "schedule"
+    owner: str
+    scheduler: str
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return facts("updated", self.owner)
+
+    @property
+    def subject(self) -> str:
+        return f"{self.owner}  {self.scheduler}"
+
+    @property
+    def note(self) -> str:
+        return "per step"
+
+    @property
+    def why(self) -> str:
+        return "after the update, or the first learning rate would be skipped; not at all when the update was skipped"

@@ -1,0 +1,169 @@
+"""The finite check: nothing non-finite reaches a parameter, at the price of the norm that the log needs anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from safeloop.autograd.norms import each_norm, exact_norm
+from safeloop.checks.gradients.nonfinite import NonFiniteGradient
+from safeloop.checks.stages import gradient_faults
+from safeloop.checks.update.order import SkippedTooOften
+from safeloop.checks.views import GradientsView
+from safeloop.faults import Fault, FaultError
+from safeloop.optim.owner import Owner
+from safeloop.step.report import Frame
+
+
+def measure(owners: Iterable[Owner], frame: Frame) -> None:
+    """Gather each owner's gradients and their norms into `frame`; no sync."""
+    for owner in owners:
+        gradients = [p.grad for p in owner.tensors if p.grad is not None]
+        frame.gradients[owner.name] = gradients
+        if not gradients:
+            continue
+        each = each_norm(gradients, uniform=owner.is_uniform and gradients[0].layout is torch.strided)
+        frame.totals[owner.name] = torch.linalg.vector_norm(each)
+        if frame.wants_modules:
+            frame.report.each_norm[owner.name] = each
+            frame.report.present[owner.name] = [name for name, p in owner.parameters.items() if p.grad is not None]
+
+
+class ImmediateGate:
+    """Looks at the norms before the update: free on CPU, one sync per step elsewhere.
+
+    Policy `raise` raises the fault; `skip` leaves out the update of every owner and raises after `max_consecutive`
+    in a row.
+    """
+
+    is_deferred = False
+
+    def __init__(
+        self, owners: Mapping[str, Owner], *, policy: str = "raise", max_consecutive: int | None = None
+    ) -> None:
+        self._owners = tuple(owners.values())
+        self._policy = policy
+        self._max_consecutive = max_consecutive
+        self._consecutive = 0
+
+    def check(self, frame: Frame) -> None:
+        """Raise or mark the step as skipped where a gradient or a loss term is not finite."""
+        measure(self._owners, frame)
+        is_finite = True
+        for name, total in frame.totals.items():
+            norm = total.item()
+            frame.report.norms[name] = norm
+            is_finite = is_finite and math.isfinite(norm)
+        for value in frame.report.terms.values():
+            is_finite = is_finite and math.isfinite(value.item())
+        if is_finite:
+            self._consecutive = 0
+        else:
+            self._refuse(frame)
+
+    def finish(self) -> None:
+        """Nothing is pending: every step was looked at before its update."""
+
+    def _refuse(self, frame: Frame) -> None:
+        faults = gradient_faults(_view(self._owners, frame))
+        if not faults:
+            _correct_overflow(frame)
+            return
+        if self._policy == "raise":
+            raise FaultError(faults[0], faults[1:])
+        self._consecutive += 1
+        frame.report.is_skipped = True
+        if self._max_consecutive is not None and self._consecutive > self._max_consecutive:
+            raise FaultError(_too_often(self._consecutive, self._max_consecutive, frame), faults)
+
+
+class DeferredGate:
+    """Never waits for the device: a flag there blocks a bad update and every later one; it is read one step later.
+
+    Needs optimizers whose fused kernel takes `found_inf`. When the fault is raised, the weights are those from
+    before the bad step.
+    """
+
+    is_deferred = True
+
+    def __init__(self, owners: Mapping[str, Owner], device: torch.device) -> None:
+        self._owners = tuple(owners.values())
+        self._flag = torch.zeros((), device=device)
+        self._pending: tuple[Frame, Tensor, torch.cuda.Event | None] | None = None
+        for owner in self._owners:
+            owner.optimizer.found_inf = self._flag  # type: ignore[attr-defined]
+
+    def check(self, frame: Frame) -> None:
+        """Raise where the *previous* step was bad; mark this one on the device."""
+        measure(self._owners, frame)
+        frame.report.norms.update(frame.totals)
+        readings = torch.stack([x.to(self._flag) for x in (*frame.totals.values(), *frame.report.terms.values())])
+        self._flag.copy_(torch.maximum(self._flag, readings.isfinite().all().logical_not()))
+        self._look_back()
+        self._pending = (frame, *_copy_to_host(self._flag))
+
+    def finish(self) -> None:
+        """Look at the last step, and give the optimizers back as they were."""
+        try:
+            self._look_back()
+        finally:
+            for owner in self._owners:
+                if hasattr(owner.optimizer, "found_inf"):
+                    del owner.optimizer.found_inf
+
+    def _look_back(self) -> None:
+        if self._pending is None:
+            return
+        frame, host, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        if host.numpy().item():
+            raise FaultError(_deferred_fault(frame))
+
+
+def _copy_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if flag.device.type != "cuda":
+        return flag.clone(), None
+    host = torch.empty((), pin_memory=True)
+    host.copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host, event
+
+
+def _view(owners: Sequence[Owner], frame: Frame) -> GradientsView:
+    parameters = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
+    return GradientsView(parameters, frame.report.terms, frame.report.step, f"step {frame.report.step}")
+
+
+def _correct_overflow(frame: Frame) -> None:
+    """All gradients are finite and only their float32 norm overflowed: measure again in float64."""
+    for name, total in frame.totals.items():
+        if not math.isfinite(total.item()):
+            frame.totals[name] = exact_norm(frame.gradients[name])
+            frame.report.norms[name] = frame.totals[name].item()
+
+
+def _deferred_fault(frame: Frame) -> Fault:
+    norms = {name: float(total) for name, total in frame.totals.items()}
+    terms = {name: float(value) for name, value in frame.report.terms.items()}
+    bad = [f"gradient norm of `{name}` {value}" for name, value in norms.items() if not math.isfinite(value)]
+    bad += [f"loss term `{name}` {value}" for name, value in terms.items() if not math.isfinite(value)]
+    return NonFiniteGradient.fault(
+        "; ".join(bad),
+        where=f"step {frame.report.step}; read one step later, no weight has changed since",
+        fix="run the same config with `device: cpu` to have the parameters named",
+    )
+
+
+def _too_often(count: int, limit: int, frame: Frame) -> Fault:
+    return SkippedTooOften.fault(
+        f"{count} updates in a row were skipped for a non-finite gradient or loss term",
+        where=f"step {frame.report.step}",
+        why="a batch that cannot be used is an accident; a row of them means that the model or the data is broken",
+        fix=f"mend the cause below, or raise `nonfinite.max_consecutive` (now {limit})",
+    )

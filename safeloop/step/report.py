@@ -1,0 +1,49 @@
+"""What leaves a step, and what travels through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Reading = Tensor | float
+"""A number that was measured: a 0-d tensor still on its device, or a float where the step had to look at it anyway."""
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step measured. Tensors are detached and still on the device."""
+
+    step: int
+    """how many steps were finished before this one"""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """loss term -> its value before weighting, 0-d"""
+    norms: dict[str, Reading] = field(default_factory=dict)
+    """owner -> norm of its gradients before clipping"""
+    each_norm: dict[str, Tensor] = field(default_factory=dict)
+    """owner -> norm of each of its gradients, `[number of parameters with a gradient]`"""
+    present: dict[str, list[str]] = field(default_factory=dict)
+    """owner -> names of the parameters that have a gradient; filled on the steps that log modules"""
+    inactive: tuple[str, ...] = ()
+    """terms that were constant on this batch and are declared `may_be_constant`"""
+    is_skipped: bool = False
+    """whether a non-finite gradient kept every owner from its update"""
+
+
+@dataclass(slots=True)
+class Frame:
+    """The scratch of one step: what a node leaves for the next."""
+
+    report: StepReport
+    batch: Any = None
+    is_audited: bool = False
+    wants_modules: bool = False
+    roots: list[Tensor] = field(default_factory=list)
+    """terms to differentiate"""
+    seeds: list[Tensor] = field(default_factory=list)
+    """their gradients to begin with: the weights"""
+    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    """owner -> its gradients"""
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """owner -> norm of its gradients before clipping, 0-d"""

@@ -1,0 +1,92 @@
+"""Reads what the user's loss function returned: a fast path for what is right, the checks for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safeloop.checks.stages import term_faults
+from safeloop.checks.views import TermsView
+from safeloop.faults import Fault
+from safeloop.step.report import Frame
+
+
+@dataclass(frozen=True)
+class TermRules:
+    """What the config says of loss terms, and what the checks need to know."""
+
+    parameters: Mapping[str, nn.Parameter]
+    owned: frozenset[str]
+    source: str
+    """where the loss function is defined"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    declared: Sequence[str] = ()
+    constants_allowed: frozenset[str] = frozenset()
+    """terms that may be constant on, or missing from, a batch"""
+    trains: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def view(self, returned: Mapping[str, Any], *, is_first: bool) -> TermsView:
+        """What the term checks look at; a declared term can only be missed on the first step."""
+        return TermsView(
+            terms=returned,
+            weights=self.weights,
+            declared=tuple(name for name in self.declared if name not in self.constants_allowed) if is_first else (),
+            constants_allowed=self.constants_allowed,
+            parameters=self.parameters,
+            owned=self.owned,
+            trains=self.trains,
+            source=self.source,
+        )
+
+
+class TermReader:
+    """Turns returned terms into roots and seeds of one backward pass."""
+
+    def __init__(self, rules: TermRules) -> None:
+        self.rules = rules
+        self._weights = rules.weights
+        self._seeds: dict[str, Tensor] = {}
+
+    def read(self, returned: Mapping[str, Any], frame: Frame) -> bool:
+        """Fill `frame` with roots, seeds and values; False where some term is not a plain differentiable scalar."""
+        is_plain = True
+        roots, seeds, values = frame.roots, frame.seeds, frame.report.terms
+        for name, term in returned.items():
+            if isinstance(term, Tensor) and term.requires_grad and term.dim() == 0 and term.dtype.is_floating_point:
+                roots.append(term)
+                seeds.append(self._seed(name, term))
+                values[name] = term.detach()
+            else:
+                is_plain = False
+        return is_plain
+
+    def read_unusual(self, returned: Mapping[str, Any], frame: Frame) -> None:
+        """The terms that `read` left: weighted tensors and permitted constants, after the checks have passed."""
+        inactive = []
+        for name, term in returned.items():
+            if name in frame.report.terms:
+                continue
+            tensor, weights = term if isinstance(term, tuple) else (term, None)
+            frame.report.terms[name] = tensor.detach() if weights is None else (tensor.detach() * weights).sum()
+            if tensor.requires_grad:
+                frame.roots.append(tensor)
+                frame.seeds.append(weights * self._weights.get(name, 1.0))
+            else:
+                inactive.append(name)
+        frame.report.inactive = tuple(inactive)
+
+    def faults(self, returned: Mapping[str, Any], *, is_first: bool) -> list[Fault]:
+        """What the term checks say of these terms, most specific first."""
+        return term_faults(self.rules.view(returned, is_first=is_first))
+
+    def _seed(self, name: str, term: Tensor) -> Tensor:
+        seed = self._seeds.get(name)
+        if seed is None or seed.dtype != term.dtype or seed.device != term.device:
+            seed = self._seeds[name] = torch.full(
+                (), self._weights.get(name, 1.0), dtype=term.dtype, device=term.device
+            )
+        return seed

@@ -1,0 +1,100 @@
+"""All orders of six nodes: each accepted one trains like the plain loop, each refused one says what is missing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from safeloop.audit.ledger import FaultLedger
+from safeloop.audit.observer import StepAudit
+from safeloop.checks.views import Ownership
+from safeloop.faults import FaultError
+from safeloop.optim.owner import Owner
+from safeloop.plan import Backward, Clip, Finite, Forward, Node, Phase, StepPlan, Term, Update, Zero
+from safeloop.step import ImmediateGate, Parts, Program, TermReader, TermRules, run_step
+
+OWNERS = ("main",)
+NODES: tuple[Node, ...] = (
+    Zero(OWNERS),
+    Forward("train", (Term("loss"),)),
+    Backward("train", (Term("loss"),), OWNERS),
+    Finite(OWNERS),
+    Clip("main", 0.5),
+    Update("main", "SGD", is_clipped=True, phases=("train",)),
+)
+
+
+def batches() -> list[torch.Tensor]:
+    return list(torch.randn(5, 8, 3, generator=torch.Generator().manual_seed(1)))
+
+
+def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def plain_loop() -> nn.Module:
+    model, optimizer = model_and_optimizer()
+    for batch in batches():
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return model
+
+
+def run_plan(plan: StepPlan) -> nn.Module:
+    model, optimizer = model_and_optimizer()
+    parameters = dict(model.named_parameters())
+    owners = {"main": Owner("main", optimizer, parameters, max_norm=0.5)}
+    ownership = Ownership(dict.fromkeys(parameters, "main"))
+    reader = TermReader(TermRules(parameters, frozenset(parameters), source="here"))
+    observer = StepAudit("full", FaultLedger(), model, ownership)
+    parts = Parts(model, lambda x: {"loss": model(x).square().mean()}, owners, reader, ImmediateGate(owners), observer)
+    program = Program(plan, parts)
+    data = iter(batches())
+    for step in range(5):
+        run_step(program, lambda: next(data), step)
+    return model
+
+
+def test_of_all_720_orders_the_accepted_ones_equal_the_plain_loop_and_the_others_say_what_is_missing() -> None:
+    expected = plain_loop().state_dict()
+    accepted = 0
+    for order in itertools.permutations(NODES):
+        try:
+            plan = StepPlan((Phase("train", order, OWNERS),))
+        except FaultError as error:
+            assert error.fault.code == "SL601"
+            assert "missing: " in error.fault.what
+            assert "node " in error.fault.where
+            assert error.fault.fix
+            continue
+        accepted += 1
+        for name, tensor in run_plan(plan).state_dict().items():
+            assert torch.equal(tensor, expected[name]), [node.verb for node in order]
+    assert accepted == 2, "zero and forward may change places; everything else has one place"
+
+
+@pytest.mark.parametrize("left_out", range(6))
+def test_a_plan_with_any_node_left_out_is_refused(left_out: int) -> None:
+    nodes = NODES[:left_out] + NODES[left_out + 1 :]
+    with pytest.raises(FaultError, match="SL601"):
+        StepPlan((Phase("train", nodes, OWNERS),))
+
+
+def test_a_refusal_names_the_node_that_would_mend_it() -> None:
+    zero, forward, backward, finite, clip, update = NODES
+    with pytest.raises(FaultError) as caught:
+        StepPlan((Phase("train", (zero, forward, backward, clip, finite, update), OWNERS),))
+    assert "`clip`" in caught.value.fault.what
+    assert "the gradients of `main` are checked to be finite" in caught.value.fault.what
+    assert "`finite`" in caught.value.fault.fix
+
+
+def test_a_repeated_phase_is_checked_in_its_second_turn_too() -> None:
+    StepPlan((Phase("train", NODES, OWNERS, repeat=5),))
