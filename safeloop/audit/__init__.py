@@ -1,0 +1,7 @@
+"""The audit: which checks run on which step, what becomes of faults, and `audit` for loops that are not ours."""
+
+from safeloop.audit.context import Audit, audit
+from safeloop.audit.ledger import FaultLedger
+from safeloop.audit.observer import StepAudit
+
+__all__ = ["Audit", "FaultLedger", "StepAudit", "audit"]
