@@ -1,0 +1,154 @@
+"""Turns step reports into logged numbers: what piles up between two logs stays on the device and moves once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from safeloop.optim.owner import Owner
+from safeloop.step.report import Reading, StepReport
+
+MAX_MODULES = 24
+"""Above this many modules, their gradient norms are logged by top-level child."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """One owner between two logs."""
+
+    norm: Reading = 0.0
+    largest: Reading = 0.0
+    clipped: Reading = 0.0
+
+
+@dataclass(slots=True)
+class Readings:
+    """What the steps since the last log measured.
+
+    Args:
+        owners: by name.
+        weights: loss term -> weight.
+        kinds: which gradient norms are logged: `total`, `owner`, `module`.
+    """
+
+    owners: Mapping[str, Owner]
+    weights: Mapping[str, float]
+    kinds: Sequence[str] = ("total", "owner", "module")
+    skipped_total: int = 0
+    _tallies: dict[str, _Tally] = field(default_factory=dict)
+    _inactive: dict[str, int] = field(default_factory=dict)
+    _steps: int = 0
+    _samples: int = 0
+    _seconds: float = 0.0
+    _started: float = 0.0
+    _first_sample: int = 0
+
+    def resume(self, num_samples: int) -> None:
+        """Start the clock, at so many samples drawn; it stands still while the loop writes or evaluates."""
+        self._started, self._first_sample = time.perf_counter(), num_samples
+
+    def pause(self, num_samples: int) -> None:
+        """Stop the clock, at so many samples drawn."""
+        self._seconds += time.perf_counter() - self._started
+        self._samples += num_samples - self._first_sample
+
+    def add(self, report: StepReport) -> None:
+        """Take in one step; nothing is moved from the device."""
+        self._steps += 1
+        self.skipped_total += report.is_skipped
+        for name in report.inactive:
+            self._inactive[name] = self._inactive.get(name, 0) + 1
+        for name, norm in report.norms.items():
+            tally = self._tallies.setdefault(name, _Tally())
+            tally.norm = norm
+            tally.largest = _larger(tally.largest, norm)
+            limit = self.owners[name].max_norm
+            if limit is not None:
+                tally.clipped = tally.clipped + (norm > limit)
+
+    def take(self, report: StepReport) -> dict[str, float]:
+        """The numbers of this interval by tag, and a fresh start; one transfer from the device.
+
+        `report` is that of the last step.
+        """
+        readings: dict[str, Reading] = {f"loss/{name}": value for name, value in report.terms.items()}
+        for name, tally in self._tallies.items():
+            readings |= {f"grad/{name}/pre_clip": tally.norm, f"grad/{name}/max_since_last": tally.largest}
+            if self.owners[name].max_norm is not None:
+                readings[f"grad/{name}/clip_fraction"] = tally.clipped / max(1, self._steps)
+        modules, norms = _module_norms(report) if "module" in self.kinds else ([], None)
+        numbers, module_numbers = _to_host(readings, norms)
+        scalars = self._losses(numbers, report) | self._gradients(numbers) | self._rates() | self._pace()
+        scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
+        scalars |= {f"safety/inactive/{name}": count / self._steps for name, count in self._inactive.items()}
+        scalars["safety/skipped_total"] = float(self.skipped_total)
+        self._tallies, self._inactive, self._steps, self._samples, self._seconds = {}, {}, 0, 0, 0.0
+        return scalars
+
+    def _losses(self, numbers: Mapping[str, float], report: StepReport) -> dict[str, float]:
+        terms = {f"loss/{name}": numbers[f"loss/{name}"] for name in report.terms}
+        return {"loss/train": sum(self.weights.get(n, 1.0) * numbers[f"loss/{n}"] for n in report.terms)} | terms
+
+    def _gradients(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        before, after = 0.0, 0.0
+        for name in self._tallies:
+            norm, limit = numbers[f"grad/{name}/pre_clip"], self.owners[name].max_norm
+            clipped = norm if limit is None else norm * min(1.0, limit / (norm + 1e-6))
+            before, after = math.hypot(before, norm), math.hypot(after, clipped)
+            if "owner" in self.kinds:
+                scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(f"grad/{name}/")}
+                scalars |= {f"grad/{name}/post_clip": clipped, f"grad/{name}/log10_pre_clip": _log10(norm)}
+        if "total" in self.kinds and self._tallies:
+            scalars |= {"grad/total/pre_clip": before, "grad/total/post_clip": after}
+            scalars["grad/total/log10_pre_clip"] = _log10(before)
+        return scalars
+
+    def _rates(self) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        for name, owner in self.owners.items():
+            rates = [float(group["lr"]) for group in owner.optimizer.param_groups if "lr" in group]
+            tags = [f"optim/lr/{name}"] if len(set(rates)) == 1 else [f"optim/lr/{name}/{i}" for i in range(len(rates))]
+            scalars |= dict(zip(tags, rates, strict=False))
+        return scalars
+
+    def _pace(self) -> dict[str, float]:
+        seconds = max(self._seconds, 1e-9)
+        return {"perf/samples_per_s": self._samples / seconds, "perf/step_ms": 1e3 * seconds / max(1, self._steps)}
+
+
+def _larger(a: Reading, b: Reading) -> Reading:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a, device=getattr(b, "device", None)), torch.as_tensor(b))
+    return max(a, b)
+
+
+def _log10(norm: float) -> float:
+    return math.log10(norm) if norm > 0 else -math.inf
+
+
+def _to_host(readings: Mapping[str, Reading], norms: Tensor | None) -> tuple[dict[str, float], list[float]]:
+    tensors = [value.reshape(1).float() for value in readings.values() if isinstance(value, Tensor)]
+    tensors += [] if norms is None else [norms.float().to(tensors[0].device if tensors else norms.device)]
+    moved = iter(torch.cat(tensors).tolist() if tensors else [])
+    numbers = {tag: next(moved) if isinstance(value, Tensor) else value for tag, value in readings.items()}
+    return numbers, list(moved)
+
+
+def _module_norms(report: StepReport) -> tuple[list[str], Tensor | None]:
+    """Names of the modules that have gradients and the norm of each, `[number of modules]`."""
+    names = [name for owner in report.present.values() for name in owner]
+    if not names:
+        return [], None
+    modules = [name.rpartition(".")[0] or "(root)" for name in names]
+    if len(set(modules)) > MAX_MODULES:
+        modules = [name.partition(".")[0] for name in names]
+    order = {module: index for index, module in enumerate(dict.fromkeys(modules))}
+    each = torch.cat([norms.float() for norms in report.each_norm.values()])
+    index = torch.tensor([order[module] for module in modules], device=each.device)
+    return list(order), torch.zeros(len(order), device=each.device).index_add_(0, index, each.square()).sqrt()

@@ -1,0 +1,72 @@
+"""Micro-batches one after the other, over epochs, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from safeloop.data.source import Source
+
+
+class DataEnded(Exception):
+    """There is no further micro-batch: the last epoch is over, or the data can be read only once."""
+
+
+class Stream:
+    """Draws micro-batches: call it for the next one.
+
+    Args:
+        source: the data.
+        move: puts a batch on the device.
+        count: how many samples a batch holds.
+        max_epochs: None for no limit.
+    """
+
+    def __init__(
+        self, source: Source, move: Callable[[Any], Any], count: Callable[[Any], int], max_epochs: int | None = None
+    ) -> None:
+        self.epoch = 0
+        """epochs that are over"""
+        self.num_samples = 0
+        """samples drawn so far"""
+        self._source = source
+        self._move = move
+        self._count = count
+        self._max_epochs = max_epochs
+        self._batches = self._all()
+        self._peeked: list[Any] = []
+
+    def num_steps(self, max_steps: int | None) -> int | None:
+        """How many steps a run of at most `max_steps` takes; None where nobody can know."""
+        per_epoch = self._source.num_batches
+        known = [max_steps] if max_steps is not None else []
+        if per_epoch is not None and self._max_epochs is not None:
+            known.append(per_epoch * self._max_epochs)
+        return min(known, default=None)
+
+    def __call__(self) -> Any:
+        """The next micro-batch; `DataEnded` after the last."""
+        if self._peeked:
+            batch = self._peeked.pop()
+        else:
+            batch = next(self._batches, self)
+            if batch is self:
+                raise DataEnded
+        self.num_samples += self._count(batch)
+        return batch
+
+    def peek(self) -> Any:
+        """The micro-batch that the next call will give."""
+        if not self._peeked:
+            batch = self()
+            self.num_samples -= self._count(batch)
+            self._peeked.append(batch)
+        return self._peeked[0]
+
+    def _all(self) -> Iterator[Any]:
+        while self._max_epochs is None or self.epoch < self._max_epochs:
+            for batch in self._source.epoch(self.epoch):
+                yield self._move(batch)
+            self.epoch += 1
+            if self._source.is_one_shot:
+                return
