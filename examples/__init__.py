@@ -1,0 +1,1 @@
+"""Examples: each is trained by a config of the same name in `configs/`."""
