@@ -1,0 +1,1 @@
+"""The commands. Torch is imported only inside those that build a model."""
