@@ -1,0 +1,1 @@
+"""Codes SL1: the config and what it names."""
