@@ -1,0 +1,1 @@
+"""Codes SL5: gradient values, before the update."""

@@ -1,0 +1,99 @@
+"""Tensors that the backward pass needs and that were overwritten after the forward had saved them."""
+
+from __future__ import annotations
+
+import re
+
+from safeloop.checks.check import Check
+from safeloop.checks.graph.inplace import lines_that_write, modules_that_write
+from safeloop.checks.graph.scene import Scene
+from safeloop.faults import Fault
+
+_SAVED = re.compile(
+    r"modified by an inplace operation: \[(?P<type>[\w.]+) \[(?P<shape>[\d, ]*)\]\]"
+    r"(?:, which is output (?P<output>\d+) of (?P<op>\w+),)?"
+    r" is at version (?P<found>\d+); expected version (?P<saved>\d+)"
+)
+
+
+class SavedTensorChanged(Check):
+    """A tensor that the backward pass needs was changed in place after the forward had saved it.
+
+    ## What it does
+    Recognises torch's error "modified by an inplace operation": says which operation had saved the tensor, its shape
+    and how often it was written, and lists the lines and modules that write in place.
+
+    ## Why it is bad
+    The derivative of sigmoid, for one, is computed from its output. When that has been overwritten, the gradient is
+    wrong. torch notices by a version counter, but only at the backward pass, without the line. Writes through `.data`
+    or numpy are not counted.
+
+    ## Bad
+    ```python
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            h = torch.sigmoid(self.fc(x))
+            h += x
+            return self.out(h)
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    Run(model=Net(), data=[torch.randn(8, 4)], optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            h = torch.sigmoid(self.fc(x))
+            h = h + x
+            return self.out(h)
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    Run(model=Net(), data=[torch.randn(8, 4)], optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Write out of place: `h = h + x` for `h += x`, `x.sub(y)` for `x.sub_(y)`, `inplace=False` for one of two adjacent
+    modules. Clone a batch before changing it.
+
+    ## Source
+    https://github.com/lyongo/NWPU-MOC/issues/4; "In-place correctness checks" in torch's autograd notes.
+    """
+
+    code = "SL303"
+    title = "saved tensor changed in place"
+
+    @classmethod
+    def of(cls, scene: Scene) -> Fault:
+        """The fault for an error raised by a backward pass."""
+        match = _SAVED.search(scene.message)
+        lines = "; ".join(map(str, lines_that_write(scene.model, scene.terms_source)[:6]))
+        modules = ", ".join(modules_that_write(scene.model)[:6])
+        suspects = f"; lines that write in place: {lines}" * bool(lines)
+        suspects += f"; modules with inplace=True: {modules}" * bool(modules)
+        return cls.fault(
+            _saved(match) if match else "a tensor that the backward pass needs was changed in place after it was saved",
+            where=scene.where + suspects,
+            why="the derivative is computed from the value that was saved; which of the lines wrote it, torch does "
+            "not say",
+            fix="write out of place (`h = h + x` for `h += x`, `x.sub(y)` for `x.sub_(y)`, `inplace=False`), or "
+            "clone before writing",
+        )
+
+
+def _saved(match: re.Match[str]) -> str:
+    maker = f"output {match['output']} of `{match['op']}`" if match["op"] else "not the result of an operation"
+    versions = f"version {match['found']}, saved at {match['saved']}"
+    return f"a tensor of shape [{match['shape']}] ({maker}) was changed in place after it was saved: {versions}"

@@ -1,0 +1,74 @@
+"""Every code and the file that defines it: a literal table, so that `safeloop explain` can read a page without importing torch.
+
+A code is never reused. A test compares the table with the classes.
+"""
+
+from __future__ import annotations
+
+FILES: dict[str, str] = {
+    # SL1: config and target
+    "SL101": "config/keys.py",  # UnknownKey
+    "SL102": "config/keys.py",  # MissingKey
+    "SL103": "config/values.py",  # WrongType
+    "SL104": "config/values.py",  # ValueOutOfRange
+    "SL105": "config/keys.py",  # UnknownType
+    "SL106": "config/document.py",  # DuplicateKey
+    "SL107": "config/document.py",  # UnreadableYaml
+    "SL108": "config/document.py",  # MissingFile
+    "SL109": "config/document.py",  # BadOverride
+    "SL110": "config/target.py",  # TargetNotAllowed
+    "SL111": "config/target.py",  # TargetNotFound
+    "SL112": "config/target.py",  # TargetOfWrongClass
+    "SL113": "config/target.py",  # TargetArguments
+    "SL114": "config/values.py",  # ArgumentsRefused
+    "SL115": "config/values.py",  # SuspiciousValue (warning)
+    "SL116": "config/run.py",  # BadRunName
+    "SL117": "config/run.py",  # NoLoss
+    "SL118": "config/run.py",  # LossAndLosses
+    "SL119": "config/run.py",  # BadInputPath
+    # SL2: parameters and ownership
+    "SL201": "setup/ownership.py",  # UnownedParameter
+    "SL202": "setup/ownership.py",  # ParameterOwnedTwice
+    "SL203": "setup/ownership.py",  # PatternMatchesNothing
+    "SL204": "setup/optimizers.py",  # StaleOptimizer
+    "SL205": "setup/optimizers.py",  # NothingToTrain
+    "SL206": "setup/attributes.py",  # PlainTensorAttribute
+    "SL207": "setup/attributes.py",  # NonLeafAttribute
+    "SL208": "setup/attributes.py",  # ModulesInPlainContainer
+    "SL209": "setup/ownership.py",  # ParameterAppearedLate
+    # SL3: graph and mutation
+    "SL301": "graph/torch_errors.py",  # LeafChangedInPlace
+    "SL302": "graph/torch_errors.py",  # GraphUsedTwice
+    "SL303": "graph/saved.py",  # SavedTensorChanged
+    "SL304": "graph/derivatives.py",  # InferenceTensor
+    "SL305": "graph/derivatives.py",  # NoSecondDerivative
+    "SL306": "graph/derivatives.py",  # TensorWithoutGraph
+    "SL307": "graph/derivatives.py",  # GradientOfNonScalar
+    # SL4: loss terms
+    "SL401": "terms/values.py",  # TermIsNotATensor
+    "SL402": "terms/kinds.py",  # TermIsAPythonNumber
+    "SL403": "terms/values.py",  # TermIsNotScalar
+    "SL404": "terms/graph.py",  # TermHasNoGradientPath
+    "SL405": "terms/kinds.py",  # TermIsNotFinite
+    "SL406": "terms/kinds.py",  # TermIsNotFloatingPoint
+    "SL407": "terms/declared.py",  # DeclaredTermMissing
+    "SL408": "terms/values.py",  # TermWeightsOfWrongShape
+    "SL409": "terms/graph.py",  # TermIgnoresTheModel
+    "SL410": "terms/graph.py",  # TermReachesWhatItDoesNotTrain
+    # SL5: gradient values
+    "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
+    # SL6: update, optimizer and schedule
+    "SL601": "update/order.py",  # StepOutOfOrder
+    "SL602": "update/order.py",  # SkippedTooOften
+    "SL603": "update/phases.py",  # PhaseTrainsNoOptimizer
+    "SL604": "update/phases.py",  # OptimizerNeverTrained
+    # SL7: evaluation
+    "SL701": "evaluation/metrics.py",  # BadMetric
+    # SL85: data and environment
+    "SL851": "data/source.py",  # EmptyData
+    "SL852": "data/source.py",  # BatchCannotMove
+    "SL853": "data/source.py",  # DeviceMissing
+    "SL854": "data/source.py",  # DataEndedEarly (warning)
+    "SL855": "data/source.py",  # NotData
+    "SL856": "data/source.py",  # RunFolderUnwritable
+}

@@ -1,0 +1,1 @@
+"""Codes SL2: parameters, owners and modules, before the first step."""

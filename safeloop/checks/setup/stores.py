@@ -1,0 +1,95 @@
+"""Where the classes of a model store and use attributes, read from their bytecode: built once, or renewed later."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+
+from torch import nn
+
+from safeloop.checks.source import Place, code_name
+
+
+@dataclass(frozen=True)
+class AttributeUses:
+    """Which attributes the modules of a model store when they are built, and which later."""
+
+    built: Mapping[tuple[type, str], Place]
+    """(class, attribute) -> the line that stores it while the module is built"""
+    renewed: frozenset[str]
+    """attributes that some method stores after that: caches, states carried from batch to batch"""
+    used: frozenset[str]
+    """attributes that some method reads after that"""
+    is_dynamic: bool
+    """whether some method calls `setattr`, so that `renewed` may be incomplete"""
+
+    def place(self, module: nn.Module, attribute: str) -> Place | None:
+        """The line that builds this attribute, where a class of the module has it."""
+        found = (self.built.get((cls, attribute)) for cls in type(module).__mro__)
+        return next((place for place in found if place is not None), None)
+
+    def may_be_renewed(self, attribute: str) -> bool:
+        """Whether the attribute may be replaced between two batches."""
+        return attribute in self.renewed or self.is_dynamic
+
+
+def attribute_uses(model: nn.Module) -> AttributeUses:
+    """Read the methods of every class in the model; torch's own `nn.Module` is left out."""
+    built: dict[tuple[type, str], Place] = {}
+    renewed: set[str] = set()
+    used: set[str] = set()
+    is_dynamic = False
+    for cls in {base for module in model.modules() for base in type(module).__mro__ if base not in nn.Module.__mro__}:
+        methods = {name: tuple(_codes(value)) for name, value in vars(cls).items()}
+        building = _building(methods)
+        for name, codes in methods.items():
+            for code in codes:
+                if name in building:
+                    built.update({(cls, attribute): place for attribute, place in _stores(code)})
+                    continue
+                renewed.update(attribute for attribute, _ in _stores(code))
+                used.update(_loads(code))
+                is_dynamic = is_dynamic or (_is_of_user(cls) and "setattr" in code.co_names)
+    return AttributeUses(built, frozenset(renewed), frozenset(used), is_dynamic)
+
+
+def _is_of_user(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] != "torch"
+
+
+def _codes(value: object) -> Iterator[CodeType]:
+    function = getattr(value, "__func__", getattr(value, "fget", value))
+    waiting = [function.__code__] if isinstance(function, FunctionType) else []
+    while waiting:
+        code = waiting.pop()
+        yield code
+        waiting.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+
+
+def _building(methods: Mapping[str, tuple[CodeType, ...]]) -> set[str]:
+    """`__init__` and the methods that it calls and no other method mentions."""
+    mentions = {name: {used for code in codes for used in code.co_names} for name, codes in methods.items()}
+    building = {"__init__"}
+    while True:
+        called = {name for name in building & mentions.keys() for name in mentions[name] & methods.keys()}
+        elsewhere = {name for method, names in mentions.items() if method not in building for name in names}
+        more = called - elsewhere - building - {"forward"}
+        if not more:
+            return building
+        building |= more
+
+
+def _stores(code: CodeType) -> Iterator[tuple[str, Place]]:
+    spans = list(code.co_lines())
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR":
+            line = next((n for start, end, n in spans if n and start <= instruction.offset < end), code.co_firstlineno)
+            yield str(instruction.argval), Place(code.co_filename, line, code_name(code))
+
+
+def _loads(code: CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield str(instruction.argval)

@@ -1,0 +1,1 @@
+"""Codes SL4: loss terms, before the backward pass."""

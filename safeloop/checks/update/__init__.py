@@ -1,0 +1,1 @@
+"""Codes SL6: the order of the step, optimizers and schedules."""
