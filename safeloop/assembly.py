@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +16,17 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.checks.config.values import ArgumentsRefused
 from safeloop.checks.stages import setup_faults
+from safeloop.checks.update.phases import OptimizerNeverTrained, PhaseTrainsNoOptimizer
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.data.move import Mover
 from safeloop.data.source import Source
 from safeloop.evaluation import preserved
+from safeloop.faults import Fault
 from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
-from safeloop.plan import StepPlan, Term, build_plan
-from safeloop.plan.build import OwnerFacts
-from safeloop.step import DeferredGate, ImmediateGate, Parts, Program, TermReader, TermRules
+from safeloop.plan import OwnerFacts, PhaseFacts, StepFacts, StepPlan, Term, build_plan
+from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
+from safeloop.step.bind import equal_shares
 from safeloop.stream import Stream
 
 if TYPE_CHECKING:
@@ -31,6 +34,27 @@ if TYPE_CHECKING:
     from safeloop.config.run import RunConfig
 
 Losses = Callable[[Any], Mapping[str, Any]]
+
+MAX_OVERFLOWS = 30
+"""fp16 only: after so many overflows in a row the gradient scale has fallen from 65536 below 1e-4: something else is wrong"""
+
+
+@dataclass(frozen=True)
+class PhaseMethod:
+    """A loss function of the user's, and which owners it trains when."""
+
+    name: str
+    losses: Losses
+    source: str
+    """where it is defined"""
+    terms: Sequence[str]
+    """loss terms that are known beforehand"""
+    is_open: bool
+    """whether it may return further terms"""
+    trains: Sequence[str] | None = None
+    """names of owners; None: all"""
+    repeat: int = 1
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,15 +64,11 @@ class Ingredients:
     loaded: Loaded
     model: nn.Module
     data: Source
-    losses: Losses
+    phases: Sequence[PhaseMethod]
     count: Callable[[Any], int]
     """samples in a micro-batch"""
-    source: str
-    """where the loss function is defined"""
-    terms: Sequence[str]
-    """loss terms that are known beforehand"""
-    is_open: bool
-    """whether the loss function may return further terms"""
+    count_tokens: Callable[[Any], int] | None = None
+    """tokens in a micro-batch; None: the user does not say"""
     optimizers: Mapping[str, Optimizer] | None = None
     """ready optimizers; None: the config's are built"""
 
@@ -69,41 +89,60 @@ class Assembly:
     plan: StepPlan
     program: Program
     gate: ImmediateGate | DeferredGate
-    reader: TermReader
+    readers: Mapping[str, TermReader]
+    precision: Precision
 
 
 def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> Assembly:
     """Check who owns what, build the owners and the plan, bind it.
 
     Raises:
-        FaultError: SL1 and SL2, whatever the config, the model and its owners get wrong.
+        FaultError: SL1, SL2 and SL6, whatever the config, the model and its owners get wrong.
     """
     config, model = given.config, given.model
     stream = Stream(given.data, Mover(device), given.count, config.run.max_epochs)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        probe(model, given.losses, stream)
+        probe(given, stream)
     ownership = _ownership(given)
-    ledger.add(setup_faults(SetupView(model, ownership)))
+    ledger.add(_located(fault, given.loaded) for fault in setup_faults(SetupView(model, ownership)))
     for name, parameter in model.named_parameters():
         if name in ownership.frozen:
             parameter.requires_grad_(False)
     owners = _owners(given, ownership)
-    gate = _gate(config, owners, device)
-    plan = _plan(given, owners, ownership, gate)
-    reader = TermReader(_rules(given, owners))
+    ledger.add(untrained(given.phases, list(owners)))
+    precision = Precision(config.run.precision, device)
+    gate = _gate(config, owners, device, precision)
+    plan = _plan(given, owners, ownership, gate, precision)
+    readers = {phase.name: TermReader(_rules(given, phase, owners)) for phase in given.phases}
     observer = StepAudit(config.audit.level, ledger, model, ownership)
-    program = Program(plan, Parts(model, given.losses, owners, reader, gate, observer))
-    return Assembly(device, stream, owners, ownership, plan, program, gate, reader)
+    losses = {phase.name: phase.losses for phase in given.phases}
+    parts = Parts(model, losses, readers, owners, gate, observer, precision, shares_by(given))
+    return Assembly(device, stream, owners, ownership, plan, Program(plan, parts), gate, readers, precision)
 
 
-def probe(model: nn.Module, losses: Losses, stream: Stream) -> Mapping[str, Any]:
-    """What the loss function returns for the first micro-batch; random state and buffers are as before afterwards.
+def probe(given: Ingredients, stream: Stream) -> dict[str, Mapping[str, Any]]:
+    """What each phase's loss function returns for the first micro-batch; random state and buffers are as before afterwards.
 
     Lazy parameters take their shapes here. Whatever else the user's function changes stays changed.
     """
     batch = stream.peek()
-    with preserved(model), torch.enable_grad():
-        return losses(batch)
+    with preserved(given.model), torch.enable_grad():
+        return {phase.name: phase.losses(batch) for phase in given.phases}
+
+
+def shares_by(given: Ingredients) -> Callable[[Sequence[Any]], list[float]]:
+    """The part of a window that each of its micro-batches is, by what `accumulate.weight_by` counts."""
+    weight_by = given.config.accumulate.weight_by
+    count = {"samples": given.count, "tokens": given.count_tokens}.get(weight_by)
+    if count is None:
+        return equal_shares
+
+    def shares(window: Sequence[Any]) -> list[float]:
+        counts = [count(batch) for batch in window]
+        total = sum(counts)
+        return [one / total for one in counts] if total else equal_shares(window)
+
+    return shares
 
 
 def _ownership(given: Ingredients) -> Ownership:
@@ -111,6 +150,13 @@ def _ownership(given: Ingredients) -> Ownership:
         return owned_by_identity(given.model, given.optimizers, given.config.frozen)
     specs = given.config.optimizers or {}
     return owned_by_patterns(given.model, {name: spec.params for name, spec in specs.items()}, given.config.frozen)
+
+
+def _located(fault: Fault, loaded: Loaded) -> Fault:
+    """The fault with file, line and column, where it is about a value of the config."""
+    path = fault.where.strip("`")
+    place = loaded.where(path)
+    return replace(fault, where=f"{place} ({path})") if place else fault
 
 
 def _owners(given: Ingredients, ownership: Ownership) -> dict[str, Owner]:
@@ -131,26 +177,41 @@ def _owners(given: Ingredients, ownership: Ownership) -> dict[str, Owner]:
     return owners
 
 
-def _gate(config: RunConfig, owners: Mapping[str, Owner], device: torch.device) -> ImmediateGate | DeferredGate:
+def _gate(
+    config: RunConfig, owners: Mapping[str, Owner], device: torch.device, precision: Precision
+) -> ImmediateGate | DeferredGate:
     wanted = config.nonfinite
+    if precision.scale is not None:
+        return ImmediateGate(policy="skip", max_consecutive=wanted.max_consecutive or MAX_OVERFLOWS)
     if device.type == "cuda" and wanted.policy == "raise" and all(owner.is_fused for owner in owners.values()):
-        return DeferredGate(owners, device)
-    return ImmediateGate(owners, policy=wanted.policy, max_consecutive=wanted.max_consecutive)
+        return DeferredGate(owners.values(), device)
+    return ImmediateGate(policy=wanted.policy, max_consecutive=wanted.max_consecutive)
 
 
 def _plan(
-    given: Ingredients, owners: Mapping[str, Owner], ownership: Ownership, gate: ImmediateGate | DeferredGate
+    given: Ingredients,
+    owners: Mapping[str, Owner],
+    ownership: Ownership,
+    gate: ImmediateGate | DeferredGate,
+    precision: Precision,
 ) -> StepPlan:
     weights = _weights(given.config)
-    facts = [
-        OwnerFacts(name, owner.kind, owner.max_norm, owner.schedule, _note(owner)) for name, owner in owners.items()
+    accumulate = given.config.accumulate
+    phases = [
+        PhaseFacts(
+            phase.name,
+            tuple(owners) if phase.trains is None else tuple(phase.trains),
+            tuple(Term(name, weights.get(name, 1.0)) for name in phase.terms),
+            phase.is_open,
+            phase.repeat,
+            phase.every,
+        )
+        for phase in given.phases
     ]
     return build_plan(
-        facts,
-        [Term(name, weights.get(name, 1.0)) for name in given.terms],
-        is_open=given.is_open,
-        policy=given.config.nonfinite.policy,
-        is_deferred=gate.is_deferred,
+        [OwnerFacts(n, owner.kind, owner.max_norm, owner.schedule, _note(owner)) for n, owner in owners.items()],
+        phases,
+        StepFacts(gate.policy, gate.is_deferred, precision.scale is not None, accumulate.micro_batches, accumulate.weight_by),
         parameters=_parameter_lines(given.model, owners, ownership),
     )
 
@@ -179,15 +240,45 @@ def _weights(config: RunConfig) -> dict[str, float]:
     return {name: section.weight for name, section in config.losses.items()}
 
 
-def _rules(given: Ingredients, owners: Mapping[str, Owner]) -> TermRules:
+def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner]) -> TermRules:
+    """The rules for the terms of one phase; with several phases, a declared term is looked for at the end of the step."""
     losses = given.config.losses
-    owned = {name: parameter for owner in owners.values() for name, parameter in owner.parameters.items()}
+    trained = owners.values() if phase.trains is None else [owners[name] for name in phase.trains]
+    owned = {name: parameter for owner in trained for name, parameter in owner.parameters.items()}
     return TermRules(
         parameters={**dict(given.model.named_parameters()), **owned},
         owned=frozenset(owned),
-        source=given.source,
+        source=phase.source,
         weights=_weights(given.config),
-        declared=tuple(losses),
+        declared=tuple(losses) if len(given.phases) == 1 else tuple(phase.terms),
         constants_allowed=frozenset(name for name, section in losses.items() if section.may_be_constant),
         trains={name: section.trains for name, section in losses.items() if section.trains is not None},
     )
+
+
+def untrained(phases: Sequence[PhaseMethod], owners: Sequence[str]) -> list[Fault]:
+    """Phases that train what is no optimizer, and optimizers that no phase trains."""
+    faults = []
+    for phase in phases:
+        if strangers := [name for name in phase.trains or () if name not in owners]:
+            near = get_close_matches(strangers[0], owners, 1)
+            faults.append(
+                PhaseTrainsNoOptimizer.fault(
+                    f"phase `{phase.name}` trains `{strangers[0]}`; the optimizers are {', '.join(f'`{o}`' for o in owners)}",
+                    where=phase.source,
+                    fix=(f"did you mean `{near[0]}`? " if near else "") + "name optimizers of the `optimizers:` section",
+                    names=strangers,
+                )
+            )
+    trained = {name for phase in phases for name in (owners if phase.trains is None else phase.trains)}
+    if idle := [name for name in owners if name not in trained]:
+        faults.append(
+            OptimizerNeverTrained.fault(
+                f"no phase trains `{idle[0]}`",
+                where=f"optimizers.{idle[0]}",
+                why="its parameters would keep their initial values for ever",
+                fix=f"add `{idle[0]}` to the `trains` of a phase, or list its parameters under `frozen:`",
+                names=idle,
+            )
+        )
+    return faults

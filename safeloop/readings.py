@@ -60,7 +60,7 @@ class Readings:
     def add(self, report: StepReport) -> None:
         """Take in one step; nothing is moved from the device."""
         self._steps += 1
-        self.skipped_total += report.is_skipped
+        self.skipped_total += report.num_skipped
         for name in report.inactive:
             self._inactive[name] = self._inactive.get(name, 0) + 1
         for name, norm in report.norms.items():

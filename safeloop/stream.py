@@ -55,6 +55,20 @@ class Stream:
         self.num_samples += self._count(batch)
         return batch
 
+    def window(self, size: int) -> list[Any]:
+        """The next `size` micro-batches, fewer where an epoch ends: no window crosses its end."""
+        first = self()
+        batches, epoch = [first], self.epoch
+        while len(batches) < size:
+            try:
+                batch = self.peek()
+            except DataEnded:
+                break
+            if self.epoch != epoch:
+                break
+            batches.append(self())
+        return batches
+
     def peek(self) -> Any:
         """The micro-batch that the next call will give."""
         if not self._peeked:

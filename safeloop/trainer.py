@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safeloop.assembly import Assembly, Ingredients, assemble, probe
+from safeloop.assembly import Assembly, Ingredients, PhaseMethod, assemble, probe
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
 from safeloop.checks.config.run import LossAndLosses, NoLoss
+from safeloop.checks.config.target import TargetOfWrongClass
 from safeloop.checks.data.source import DataEndedEarly
 from safeloop.checks.source import code_name
 from safeloop.config import Loaded, load
@@ -24,6 +26,7 @@ from safeloop.data.move import Mover, resolve_device
 from safeloop.declared import declared_losses, declared_metrics
 from safeloop.evaluation import evaluate, wants_grad
 from safeloop.faults import Fault, FaultError
+from safeloop.phases import PhaseMark, phases_of
 from safeloop.plan import StepPlan
 from safeloop.recorder import Recorder
 from safeloop.seeds import derive, seed_everything
@@ -80,21 +83,24 @@ class Trainer:
         allow_modules: Sequence[str] = (),
         **sections: Any,
     ) -> None:
-        has_loss, has_losses = _is_overridden(self, "loss"), _is_overridden(self, "losses")
-        if has_loss and has_losses:
+        marks = self._marks = phases_of(type(self))
+        written = [name for name in ("loss", "losses") if _is_overridden(self, name)] + list(marks)[:1]
+        if len(written) > 1:
             raise LossAndLosses.error(
-                f"{type(self).__name__} overrides both `loss` and `losses`",
-                where=where_defined(type(self).losses),
-                fix="keep `loss` for a single term, `losses` for a dict of terms",
+                f"{type(self).__name__} defines both `{written[0]}` and `{written[1]}`",
+                where=where_defined(getattr(type(self), written[1])),
+                fix="keep one: `loss` for a single term, `losses` for a dict of terms, `@phase` methods for several plans",
             )
         brought, sections = bring(model=model, data=data, eval_data=eval_data, optimizers=optimizers, sections=sections)
-        given = {*brought.names, "trainer", *(["losses"] if has_loss or has_losses else [])}
+        given = {*brought.names, "trainer", *(["losses"] if written else [])}
         self.loaded = (
             config
             if isinstance(config, Loaded)
             else load(config, sections=sections, overrides=overrides, allow_modules=allow_modules, given=given)
         )
         self.config = self.loaded.config
+        if not written and not any(section.is_built for section in self.config.losses.values()):
+            raise self._no_loss()
         self.step = 0
         self._ledger = FaultLedger(self.config.audit.accept)
         self._ledger.add(self.loaded.warnings)
@@ -103,8 +109,9 @@ class Trainer:
         if brought.model is None:
             seed_everything(self.config.run.seed)
         self.model: nn.Module = brought.build_model(self.loaded)
+        self._train_data = brought.train_source(self.loaded)
         self._eval_data = brought.eval_source(self.loaded)
-        self._losses = None if has_loss or has_losses else declared_losses(self.loaded, self.model, self.device)
+        self._losses = None if written else declared_losses(self.loaded, self.model, self.device)
         self._metrics = declared_metrics(self.loaded, self.model, self.device)
         self._has_metrics = _is_overridden(self, "metrics") or bool(self._metrics.functions)
         wants_loss = self.config.evaluate.loss
@@ -123,10 +130,7 @@ class Trainer:
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of one micro-batch: a 0-d tensor with a path to what it trains. Override this or `losses`."""
-        raise NoLoss.error(
-            f"{type(self).__name__} defines no loss",
-            fix="override `loss` or `losses`, or declare `losses:` with `type` and `inputs`",
-        )
+        raise self._no_loss()
 
     def losses(self, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
         """The loss terms of one micro-batch by name, each a 0-d tensor, or `(tensor, weights)` of one shape."""
@@ -144,6 +148,10 @@ class Trainer:
         """How many samples a micro-batch holds: the leading dimension of its first tensor."""
         return count(batch)
 
+    def count_tokens(self, batch: Any) -> int:
+        """How many tokens a micro-batch holds; override it for `accumulate.weight_by: tokens`."""
+        return self.count(batch)
+
     def plan(self) -> StepPlan:
         """The step plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
         self.check()
@@ -156,8 +164,8 @@ class Trainer:
             FaultError: the first error, with all others.
         """
         assembly = self._assembled()
-        returned = probe(self.model, self.losses, assembly.stream)
-        self._ledger.add(assembly.reader.faults(returned, is_first=True))
+        for phase, returned in probe(self._ingredients(), assembly.stream).items():
+            self._ledger.add(assembly.readers[phase].faults(returned, is_first=True))
         return list(self.faults)
 
     def fit(self) -> RunResult:
@@ -181,6 +189,8 @@ class Trainer:
             outcome = "interrupted"
             raise
         finally:
+            with suppress(FaultError):  # what ended the run is on its way to the user already
+                assembly.gate.finish()
             recorder.close(outcome, self.step)
         losses = {tag.removeprefix("loss/"): v for tag, v in recorder.last.items() if tag.startswith("loss/")}
         seconds = time.perf_counter() - started
@@ -253,28 +263,64 @@ class Trainer:
 
     def _assembled(self) -> Assembly:
         if self._assembly is None:
-            is_single = _is_overridden(self, "loss")
             if not self.model.training:
                 self.model.train()
-            ingredients = Ingredients(
-                loaded=self.loaded,
-                model=self.model.to(self.device),
-                data=self._brought.train_source(self.loaded),
-                losses=self.losses,
-                count=self.count,
-                source=where_defined(type(self).loss if is_single else type(self).losses),
-                terms=["loss"] if is_single else list(self.config.losses),
-                is_open=not is_single and self._losses is None,
-                optimizers=self._brought.optimizers,
-            )
-            self._assembly = assemble(ingredients, self.device, self._ledger)
+            self.model.to(self.device)
+            self._assembly = assemble(self._ingredients(), self.device, self._ledger)
         return self._assembly
+
+    def _no_loss(self) -> FaultError:
+        return NoLoss.error(
+            f"{type(self).__name__} defines no loss",
+            fix="override `loss` or `losses`, or declare `losses:` with `type` and `inputs`",
+        )
+
+    def _ingredients(self) -> Ingredients:
+        return Ingredients(
+            loaded=self.loaded,
+            model=self.model,
+            data=self._train_data,
+            phases=self._phases(),
+            count=self.count,
+            count_tokens=self.count_tokens if _is_overridden(self, "count_tokens") else None,
+            optimizers=self._brought.optimizers,
+        )
+
+    def _phases(self) -> list[PhaseMethod]:
+        if self._marks:
+            return [self._marked_phase(name, mark) for name, mark in self._marks.items()]
+        is_single = _is_overridden(self, "loss")
+        source = where_defined(type(self).loss if is_single else type(self).losses)
+        terms = ["loss"] if is_single else list(self.config.losses)
+        return [PhaseMethod("train", self.losses, source, terms, not is_single and self._losses is None)]
+
+    def _marked_phase(self, name: str, mark: PhaseMark) -> PhaseMethod:
+        section = self.config.phases.get(name)
+        return PhaseMethod(
+            name,
+            getattr(self, name),
+            where_defined(getattr(type(self), name)),
+            terms=(),
+            is_open=True,
+            trains=(section and section.trains) or mark.trains,
+            repeat=(section and section.repeat) or mark.repeat,
+            every=(section and section.every) or mark.every,
+        )
 
 
 def trainer_class(loaded: Loaded) -> type[Trainer]:
-    """The class that `trainer.target` names, or `Trainer` itself."""
+    """The class that `trainer.target` names, or `Trainer` itself.
+
+    Raises:
+        ConfigError: SL112, it is no Trainer.
+    """
     target = loaded.config.trainer
-    return Trainer if target is None else target.resolve(Trainer, loaded.allow)
+    if target is None:
+        return Trainer
+    try:
+        return target.resolve(Trainer, loaded.allow)
+    except FaultError as error:
+        raise loaded.error(TargetOfWrongClass, "trainer.target", error.fault.what, fix=error.fault.fix) from error
 
 
 def where_defined(function: Any) -> str:

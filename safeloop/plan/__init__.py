@@ -1,10 +1,15 @@
 """The plan: which operations make a step, in which order, and why. Plain data, checked when it is built."""
 
-from safeloop.plan.build import build_plan
-from safeloop.plan.nodes import Backward, Clip, Finite, Forward, Node, Schedule, Term, Update, Zero
+from safeloop.plan.build import OwnerFacts, PhaseFacts, StepFacts, build_plan
+from safeloop.plan.nodes import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Term, Unscale, Update, Zero
 from safeloop.plan.plan import Phase, StepPlan
 
 __all__ = [
+    "Adapt",
+    "OwnerFacts",
+    "PhaseFacts",
+    "StepFacts",
+    "Unscale",
     "Backward",
     "Clip",
     "Finite",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from safeloop.plan.nodes import Backward, Clip, Finite, Forward, Node, Schedule, Term, Update, Zero
+from safeloop.plan.nodes import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Term, Unscale, Update, Zero
 from safeloop.plan.plan import Phase, StepPlan
 
 
@@ -20,40 +20,83 @@ class OwnerFacts:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseFacts:
+    """What the plan must know of a phase."""
+
+    name: str
+    trains: tuple[str, ...]
+    terms: tuple[Term, ...]
+    is_open: bool = False
+    """whether its loss function may return further terms"""
+    repeat: int = 1
+    every: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What holds for every phase."""
+
+    policy: str = "raise"
+    """what happens on a non-finite gradient: `raise` or `skip`"""
+    is_deferred: bool = False
+    """whether the finite check is read one step later, from a flag on the device"""
+    is_scaled: bool = False
+    """whether gradients are scaled (fp16)"""
+    micro_batches: int = 1
+    weight_by: str = "samples"
+
+
 def build_plan(
     owners: Sequence[OwnerFacts],
-    terms: Sequence[Term],
+    phases: Sequence[PhaseFacts],
+    step: StepFacts | None = None,
     *,
-    is_open: bool = False,
-    policy: str = "raise",
-    is_deferred: bool = False,
     parameters: Sequence[str] = (),
 ) -> StepPlan:
-    """The plan of a run without declared phases: one phase, `train`, that trains every owner.
+    """The plan of a run: its phases in order, each of which trains some of the owners; then what is done once a step.
 
     Args:
         owners: in the order in which they are updated.
-        terms: the loss terms that are known beforehand.
-        is_open: whether the loss function may return further terms.
-        policy: what happens on a non-finite gradient: `raise` or `skip`.
-        is_deferred: whether the finite check is read one step later, from a flag on the device.
+        phases: in the order in which they run.
+        step: what holds for every phase.
         parameters: lines for the printed plan: who owns what.
     """
-    name = "train"
+    step = step or StepFacts()
+    names = tuple(phase.name for phase in phases)
+    trained = {name for phase in phases for name in phase.trains}
+    closing: list[Node] = [Schedule(o.name, o.scheduler) for o in owners if o.scheduler is not None and o.name in trained]
+    if step.is_scaled:
+        closing.append(Adapt(tuple(owner.name for owner in owners if owner.name in trained)))
+    built = [_phase(phase, [o for o in owners if o.name in phase.trains], owners, step, names) for phase in phases]
+    return StepPlan(tuple(built), tuple(closing), tuple(parameters))
+
+
+def _phase(
+    phase: PhaseFacts, trained: Sequence[OwnerFacts], owners: Sequence[OwnerFacts], step: StepFacts, phases: tuple[str, ...]
+) -> Phase:
+    return Phase(
+        name=phase.name,
+        nodes=tuple(_nodes(phase, trained, step, phases)),
+        trains=tuple(owner.name for owner in trained),
+        repeat=phase.repeat,
+        every=phase.every,
+        micro_batches=step.micro_batches,
+        weight_by=step.weight_by,
+        frozen=tuple(owner.name for owner in owners if owner not in trained),
+    )
+
+
+def _nodes(phase: PhaseFacts, owners: Sequence[OwnerFacts], step: StepFacts, phases: tuple[str, ...]) -> Iterator[Node]:
     names = tuple(owner.name for owner in owners)
-    nodes: list[Node] = [
-        Zero(names),
-        Forward(name, tuple(terms), is_open),
-        Backward(name, tuple(terms), names, is_open),
-        Finite(names, policy, is_deferred),
-    ]
-    nodes += (Clip(owner.name, owner.max_norm) for owner in owners if owner.max_norm is not None)
+    yield Zero(names)
+    yield Forward(phase.name, phase.terms, phase.is_open)
+    yield Backward(phase.name, phase.terms, names, phase.is_open)
+    if step.is_scaled:
+        yield Unscale(names)
+    yield Finite(names, step.policy, step.is_deferred, step.is_scaled)
     for owner in owners:
-        nodes += _update(owner, (name,))
-    return StepPlan((Phase(name, tuple(nodes), names),), tuple(parameters))
-
-
-def _update(owner: OwnerFacts, phases: tuple[str, ...]) -> Iterator[Node]:
-    yield Update(owner.name, owner.optimizer, owner.max_norm is not None, owner.note, phases)
-    if owner.scheduler is not None:
-        yield Schedule(owner.name, owner.scheduler)
+        if owner.max_norm is not None:
+            yield Clip(owner.name, owner.max_norm)
+    for owner in owners:
+        yield Update(owner.name, owner.optimizer, owner.max_norm is not None, owner.note, phases)

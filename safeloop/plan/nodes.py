@@ -20,6 +20,7 @@ class Fact(NamedTuple):
 
 
 _SENTENCES = {
+    "unscaled": "the gradients of `{}` are divided by the gradient scale",
     "clean": "the gradients of `{}` are zeroed",
     "graph": "phase `{}` has run its forward, and no update has changed the weights that its graph saved",
     "gradients": "`{}` has the gradients of this step",
@@ -85,7 +86,8 @@ class Node:
 
 
 def _of_gradients(owners: tuple[str, ...]) -> frozenset[Fact]:
-    return facts("gradients", *owners) | facts("finite", *owners) | facts("clipped", *owners)
+    kinds = ("gradients", "unscaled", "finite", "clipped")
+    return frozenset().union(*(facts(kind, *owners) for kind in kinds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class Forward(Node):
 
     @property
     def why(self) -> str:
-        return "each term is checked before the backward pass: a finite-to-be scalar with a path to what it trains"
+        return "each term is checked before the backward pass: a scalar with a path to what it trains"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,34 @@ class Backward(Node):
 
 
 @dataclass(frozen=True, slots=True)
+class Unscale(Node):
+    """Divide the gradients by the scale that the backward pass was multiplied by."""
+
+    verb: ClassVar[str] = "unscale"
+    owners: tuple[str, ...]
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return facts("gradients", *self.owners)
+
+    @property
+    def gives(self) -> frozenset[Fact]:
+        return facts("unscaled", *self.owners)
+
+    @property
+    def subject(self) -> str:
+        return ", ".join(self.owners)
+
+    @property
+    def note(self) -> str:
+        return "by the scale of the backward pass"
+
+    @property
+    def why(self) -> str:
+        return "before the finite check, the clipping and every reading: they mean the true gradients"
+
+
+@dataclass(frozen=True, slots=True)
 class Finite(Node):
     """Refuse NaN and infinity before anything is changed by them."""
 
@@ -191,10 +221,13 @@ class Finite(Node):
     owners: tuple[str, ...]
     policy: str = "raise"
     is_deferred: bool = False
+    is_scaled: bool = False
+    """whether the backward pass was multiplied by a gradient scale"""
 
     @property
     def needs(self) -> frozenset[Fact]:
-        return facts("gradients", *self.owners)
+        unscaled = facts("unscaled", *self.owners) if self.is_scaled else NOTHING
+        return facts("gradients", *self.owners) | unscaled
 
     @property
     def gives(self) -> frozenset[Fact]:
@@ -302,8 +335,32 @@ class Schedule(Node):
 
     @property
     def note(self) -> str:
-        return "per step"
+        return "once a step"
 
     @property
     def why(self) -> str:
         return "after the update, or the first learning rate would be skipped; not at all when the update was skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapt(Node):
+    """Adapt the gradient scale."""
+
+    verb: ClassVar[str] = "adapt"
+    owners: tuple[str, ...]
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return facts("updated", *self.owners)
+
+    @property
+    def subject(self) -> str:
+        return "gradient scale"
+
+    @property
+    def note(self) -> str:
+        return "once a step, after all updates"
+
+    @property
+    def why(self) -> str:
+        return "a scale that changed between a backward pass and its unscale would falsify the gradients"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeloop.checks.update.order import StepOutOfOrder
@@ -18,6 +19,13 @@ class Phase:
     nodes: tuple[Node, ...]
     trains: tuple[str, ...]
     repeat: int = 1
+    every: int = 1
+    """runs on the steps that this divides"""
+    micro_batches: int = 1
+    """forward and backward are run for so many micro-batches before the rest"""
+    weight_by: str = "samples"
+    frozen: tuple[str, ...] = ()
+    """owners that the phase does not train: their parameters are frozen while it runs"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,8 @@ class StepPlan:
     """
 
     phases: tuple[Phase, ...]
+    closing: tuple[Node, ...] = ()
+    """what follows all phases, once a step"""
     parameters: tuple[str, ...] = ()
     """lines on who owns what, for the printed plan"""
 
@@ -36,42 +46,50 @@ class StepPlan:
         held: set[Fact] = set()
         for phase in self.phases:
             for turn in range(min(phase.repeat, 2)):
-                for index, node in enumerate(phase.nodes):
-                    if missing := sorted(node.needs - held):
-                        raise _out_of_order(phase, index, missing, turn)
-                    held = (held - node.voids) | node.gives
+                held = _walk(f"phase `{phase.name}`", phase.nodes, held, turn)
             if never := [owner for owner in phase.trains if not _is_updated(phase, owner)]:
                 raise StepOutOfOrder.error(
                     f"phase `{phase.name}` trains `{never[0]}`, but no `update` of it is planned",
                     where=f"phase `{phase.name}`",
                     fix=f"add its update after its backward and finite check, or leave `{never[0]}` out of `trains`",
                 )
+        _walk("end of the step", self.closing, held)
 
     def __str__(self) -> str:
-        return show.text(self.phases, self.parameters)
+        return show.text(self)
 
     def why(self) -> str:
         """The plan with the reason for each line."""
-        return show.text(self.phases, self.parameters, with_reasons=True)
+        return show.text(self, with_reasons=True)
 
     def json(self) -> str:
         """The plan as JSON: phases, nodes, and what each needs, gives and voids."""
-        return show.json_text(self.phases, self.parameters)
+        return show.json_text(self)
 
 
 def _is_updated(phase: Phase, owner: str) -> bool:
     return any(isinstance(node, Update) and node.owner == owner for node in phase.nodes)
 
 
-def _out_of_order(phase: Phase, index: int, missing: list[Fact], turn: int) -> FaultError:
-    node = phase.nodes[index]
-    givers = {other.verb for other in phase.nodes for fact in missing if fact in other.gives}
-    again = " in its second repeat" if turn else ""
+def _walk(place: str, nodes: Sequence[Node], held: set[Fact], turn: int = 0) -> set[Fact]:
+    """What holds after `nodes`, from what held before."""
+    for index, node in enumerate(nodes):
+        if missing := sorted(node.needs - held):
+            raise _out_of_order(place, nodes, index, missing, turn)
+        held = (held - node.voids) | node.gives
+    return held
+
+
+def _out_of_order(place: str, nodes: Sequence[Node], index: int, missing: list[Fact], turn: int) -> FaultError:
+    node = nodes[index]
+    givers = {other.verb for other in nodes for fact in missing if fact in other.gives}
+    again = " in its second turn" if turn else ""
+    lacking = "; ".join(map(str, missing))
     return StepOutOfOrder.error(
-        f"`{node.verb}` stands where what it needs does not hold{again}; missing: {'; '.join(map(str, missing))}",
-        where=f"phase `{phase.name}`, node {index + 1} of {len(phase.nodes)}: {node.verb} {node.subject}".rstrip(),
+        f"`{node.verb}` stands where what it needs does not hold{again}; missing: {lacking}",
+        where=f"{place}, node {index + 1} of {len(nodes)}: {node.verb} {node.subject}".rstrip(),
         why=node.why,
         fix=f"put {' and '.join(f'`{verb}`' for verb in sorted(givers))} between the last update and `{node.verb}`"
         if givers
-        else f"take `{node.verb}` out of the plan, or add what gives it: {'; '.join(map(str, missing))}",
+        else f"take `{node.verb}` out of the plan, or add what gives it: {lacking}",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,25 @@ from safeloop.optim.owner import Owner
 from safeloop.step.report import Frame
 
 
+def gather(owner: Owner) -> list[Tensor]:
+    """The gradients that an owner's parameters have, in order; sparse ones coalesced in place."""
+    gradients = [p.grad for p in owner.tensors if p.grad is not None]
+    if any(gradient.is_sparse for gradient in gradients):
+        for parameter in owner.tensors:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+        gradients = [p.grad for p in owner.tensors if p.grad is not None]
+    return gradients
+
+
 def measure(owners: Iterable[Owner], frame: Frame) -> None:
     """Gather each owner's gradients and their norms into `frame`; no sync."""
     for owner in owners:
-        gradients = [p.grad for p in owner.tensors if p.grad is not None]
-        frame.gradients[owner.name] = gradients
+        gradients = frame.gradients[owner.name] = gather(owner)
         if not gradients:
             continue
-        each = each_norm(gradients, uniform=owner.is_uniform and gradients[0].layout is torch.strided)
+        is_dense = all(gradient.layout is torch.strided for gradient in gradients)
+        each = each_norm(gradients, uniform=owner.is_uniform and is_dense)
         frame.totals[owner.name] = torch.linalg.vector_norm(each)
         if frame.wants_modules:
             frame.report.each_norm[owner.name] = each
@@ -35,78 +46,78 @@ def measure(owners: Iterable[Owner], frame: Frame) -> None:
 class ImmediateGate:
     """Looks at the norms before the update: free on CPU, one sync per step elsewhere.
 
-    Policy `raise` raises the fault; `skip` leaves out the update of every owner and raises after `max_consecutive`
-    in a row.
+    Policy `raise` raises the fault; `skip` leaves out the update of every owner of the phase, and raises where more than
+    `max_consecutive` turns in a row were skipped.
     """
 
     is_deferred = False
 
-    def __init__(
-        self, owners: Mapping[str, Owner], *, policy: str = "raise", max_consecutive: int | None = None
-    ) -> None:
-        self._owners = tuple(owners.values())
-        self._policy = policy
+    def __init__(self, *, policy: str = "raise", max_consecutive: int | None = None) -> None:
+        self.policy = policy
         self._max_consecutive = max_consecutive
         self._consecutive = 0
 
-    def check(self, frame: Frame) -> None:
-        """Raise or mark the step as skipped where a gradient or a loss term is not finite."""
-        measure(self._owners, frame)
+    def check(self, frame: Frame, owners: Sequence[Owner]) -> None:
+        """Raise or mark the turn as skipped where a gradient or a loss term is not finite."""
+        measure(owners, frame)
         is_finite = True
         for name, total in frame.totals.items():
             norm = total.item()
             frame.report.norms[name] = norm
             is_finite = is_finite and math.isfinite(norm)
-        for value in frame.report.terms.values():
+        for value in frame.terms.values():
             is_finite = is_finite and math.isfinite(value.item())
         if is_finite:
             self._consecutive = 0
         else:
-            self._refuse(frame)
+            self._refuse(frame, owners)
 
     def finish(self) -> None:
         """Nothing is pending: every step was looked at before its update."""
 
-    def _refuse(self, frame: Frame) -> None:
-        faults = gradient_faults(_view(self._owners, frame))
+    def _refuse(self, frame: Frame, owners: Sequence[Owner]) -> None:
+        faults = gradient_faults(_view(owners, frame))
         if not faults:
             _correct_overflow(frame)
             return
-        if self._policy == "raise":
+        if self.policy == "raise":
             raise FaultError(faults[0], faults[1:])
         self._consecutive += 1
-        frame.report.is_skipped = True
+        frame.is_skipped = True
         if self._max_consecutive is not None and self._consecutive > self._max_consecutive:
             raise FaultError(_too_often(self._consecutive, self._max_consecutive, frame), faults)
 
 
 class DeferredGate:
-    """Never waits for the device: a flag there blocks a bad update and every later one; it is read one step later.
+    """Never waits for the device: a flag there blocks a bad update and every later one; it is read one turn later.
 
-    Needs optimizers whose fused kernel takes `found_inf`. When the fault is raised, the weights are those from
-    before the bad step.
+    Needs optimizers whose fused kernel takes `found_inf`. When the fault is raised, the weights are those from before the bad
+    step.
     """
 
     is_deferred = True
+    policy = "raise"
 
-    def __init__(self, owners: Mapping[str, Owner], device: torch.device) -> None:
-        self._owners = tuple(owners.values())
+    def __init__(self, owners: Iterable[Owner], device: torch.device) -> None:
+        self._owners = tuple(owners)
         self._flag = torch.zeros((), device=device)
         self._pending: tuple[Frame, Tensor, torch.cuda.Event | None] | None = None
         for owner in self._owners:
             owner.optimizer.found_inf = self._flag  # type: ignore[attr-defined]
 
-    def check(self, frame: Frame) -> None:
-        """Raise where the *previous* step was bad; mark this one on the device."""
-        measure(self._owners, frame)
+    def check(self, frame: Frame, owners: Sequence[Owner]) -> None:
+        """Raise where the *previous* turn was bad; mark this one on the device."""
+        measure(owners, frame)
         frame.report.norms.update(frame.totals)
-        readings = torch.stack([x.to(self._flag) for x in (*frame.totals.values(), *frame.report.terms.values())])
-        self._flag.copy_(torch.maximum(self._flag, readings.isfinite().all().logical_not()))
+        readings = [x.to(self._flag) for x in (*frame.totals.values(), *frame.terms.values())]
+        if readings:
+            is_bad = torch.stack(readings).isfinite().all().logical_not()
+            self._flag.copy_(torch.maximum(self._flag, is_bad))
         self._look_back()
         self._pending = (frame, *_copy_to_host(self._flag))
 
     def finish(self) -> None:
-        """Look at the last step, and give the optimizers back as they were."""
+        """Look at the last turn, and give the optimizers back as they were."""
         try:
             self._look_back()
         finally:
@@ -137,7 +148,7 @@ def _copy_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 def _view(owners: Sequence[Owner], frame: Frame) -> GradientsView:
     parameters = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
-    return GradientsView(parameters, frame.report.terms, frame.report.step, f"step {frame.report.step}")
+    return GradientsView(parameters, frame.terms, frame.report.step, f"step {frame.report.step}")
 
 
 def _correct_overflow(frame: Frame) -> None:
@@ -150,7 +161,7 @@ def _correct_overflow(frame: Frame) -> None:
 
 def _deferred_fault(frame: Frame) -> Fault:
     norms = {name: float(total) for name, total in frame.totals.items()}
-    terms = {name: float(value) for name, value in frame.report.terms.items()}
+    terms = {name: float(value) for name, value in frame.terms.items()}
     bad = [f"gradient norm of `{name}` {value}" for name, value in norms.items() if not math.isfinite(value)]
     bad += [f"loss term `{name}` {value}" for name, value in terms.items() if not math.isfinite(value)]
     return NonFiniteGradient.fault(

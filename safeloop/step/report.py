@@ -13,12 +13,12 @@ Reading = Tensor | float
 
 @dataclass(slots=True)
 class StepReport:
-    """What one step measured. Tensors are detached and still on the device."""
+    """What one step measured. Tensors are detached and still on the device; of a repeated phase, the last turn's."""
 
     step: int
     """how many steps were finished before this one"""
     terms: dict[str, Tensor] = field(default_factory=dict)
-    """loss term -> its value before weighting, 0-d"""
+    """loss term -> its value before weighting, 0-d; under accumulation, of the whole window"""
     norms: dict[str, Reading] = field(default_factory=dict)
     """owner -> norm of its gradients before clipping"""
     each_norm: dict[str, Tensor] = field(default_factory=dict)
@@ -27,22 +27,32 @@ class StepReport:
     """owner -> names of the parameters that have a gradient; filled on the steps that log modules"""
     inactive: tuple[str, ...] = ()
     """terms that were constant on this batch and are declared `may_be_constant`"""
-    is_skipped: bool = False
-    """whether a non-finite gradient kept every owner from its update"""
+    updated: set[str] = field(default_factory=set)
+    """owners that were updated at least once"""
+    num_skipped: int = 0
+    """turns of phases that a non-finite gradient kept from their update"""
 
 
 @dataclass(slots=True)
 class Frame:
-    """The scratch of one step: what a node leaves for the next."""
+    """The scratch of one turn of a phase: what a node leaves for the next."""
 
     report: StepReport
     batch: Any = None
+    share: float | None = None
+    """the part of the window that this micro-batch is; None without accumulation"""
     is_audited: bool = False
     wants_modules: bool = False
+    is_skipped: bool = False
+    """whether a non-finite gradient keeps every owner of the phase from its update"""
     roots: list[Tensor] = field(default_factory=list)
     """terms to differentiate"""
     seeds: list[Tensor] = field(default_factory=list)
     """their gradients to begin with: the weights"""
+    root_names: list[str] = field(default_factory=list)
+    """the names of the roots"""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """loss term -> its value before weighting, so far in this turn"""
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     """owner -> its gradients"""
     totals: dict[str, Tensor] = field(default_factory=dict)

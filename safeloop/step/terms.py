@@ -54,39 +54,47 @@ class TermReader:
     def read(self, returned: Mapping[str, Any], frame: Frame) -> bool:
         """Fill `frame` with roots, seeds and values; False where some term is not a plain differentiable scalar."""
         is_plain = True
-        roots, seeds, values = frame.roots, frame.seeds, frame.report.terms
         for name, term in returned.items():
             if isinstance(term, Tensor) and term.requires_grad and term.dim() == 0 and term.dtype.is_floating_point:
-                roots.append(term)
-                seeds.append(self._seed(name, term))
-                values[name] = term.detach()
+                self._take(frame, name, term, self._seed(name, term), term.detach())
             else:
                 is_plain = False
         return is_plain
 
     def read_unusual(self, returned: Mapping[str, Any], frame: Frame) -> None:
         """The terms that `read` left: weighted tensors and permitted constants, after the checks have passed."""
-        inactive = []
+        taken = set(frame.root_names)
         for name, term in returned.items():
-            if name in frame.report.terms:
+            if name in taken:
                 continue
             tensor, weights = term if isinstance(term, tuple) else (term, None)
-            frame.report.terms[name] = tensor.detach() if weights is None else (tensor.detach() * weights).sum()
+            value = tensor.detach() if weights is None else (tensor.detach() * weights).sum()
             if tensor.requires_grad:
-                frame.roots.append(tensor)
-                frame.seeds.append(weights * self._weights.get(name, 1.0))
+                self._take(frame, name, tensor, weights * self._weights.get(name, 1.0), value)
             else:
-                inactive.append(name)
-        frame.report.inactive = tuple(inactive)
+                _add(frame.terms, name, value, frame.share)
+                frame.report.inactive = (*frame.report.inactive, name)
 
     def faults(self, returned: Mapping[str, Any], *, is_first: bool) -> list[Fault]:
         """What the term checks say of these terms, most specific first."""
         return term_faults(self.rules.view(returned, is_first=is_first))
 
+    def _take(self, frame: Frame, name: str, root: Tensor, seed: Tensor, value: Tensor) -> None:
+        frame.roots.append(root)
+        frame.root_names.append(name)
+        frame.seeds.append(seed if frame.share is None else seed * frame.share)
+        _add(frame.terms, name, value, frame.share)
+
     def _seed(self, name: str, term: Tensor) -> Tensor:
         seed = self._seeds.get(name)
         if seed is None or seed.dtype != term.dtype or seed.device != term.device:
-            seed = self._seeds[name] = torch.full(
-                (), self._weights.get(name, 1.0), dtype=term.dtype, device=term.device
-            )
+            weight = self._weights.get(name, 1.0)
+            seed = self._seeds[name] = torch.full((), weight, dtype=term.dtype, device=term.device)
         return seed
+
+
+def _add(values: dict[str, Tensor], name: str, value: Tensor, share: float | None) -> None:
+    if share is None:
+        values[name] = value
+    else:
+        values[name] = values[name] + value * share if name in values else value * share

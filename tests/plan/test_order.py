@@ -14,7 +14,7 @@ from safeloop.checks.views import Ownership
 from safeloop.faults import FaultError
 from safeloop.optim.owner import Owner
 from safeloop.plan import Backward, Clip, Finite, Forward, Node, Phase, StepPlan, Term, Update, Zero
-from safeloop.step import ImmediateGate, Parts, Program, TermReader, TermRules, run_step
+from safeloop.step import ImmediateGate, Parts, Precision, Program, TermReader, TermRules, run_step
 
 OWNERS = ("main",)
 NODES: tuple[Node, ...] = (
@@ -54,7 +54,9 @@ def run_plan(plan: StepPlan) -> nn.Module:
     ownership = Ownership(dict.fromkeys(parameters, "main"))
     reader = TermReader(TermRules(parameters, frozenset(parameters), source="here"))
     observer = StepAudit("full", FaultLedger(), model, ownership)
-    parts = Parts(model, lambda x: {"loss": model(x).square().mean()}, owners, reader, ImmediateGate(owners), observer)
+    losses = {"train": lambda x: {"loss": model(x).square().mean()}}
+    precision = Precision("fp32", torch.device("cpu"))
+    parts = Parts(model, losses, {"train": reader}, owners, ImmediateGate(), observer, precision)
     program = Program(plan, parts)
     data = iter(batches())
     for step in range(5):
