@@ -164,7 +164,10 @@ def test_row_20_a_non_leaf_meant_as_a_parameter_is_named() -> None:
             self.w = torch.ones(3, requires_grad=True) * 0.5
             self.fc = nn.Linear(3, 1)
 
-    fault = fault_of(trainer(Scaled(), lambda m, x: m.fc(x * m.w).square().mean()))
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x * self.w)
+
+    fault = fault_of(trainer(Scaled(), lambda m, x: m(x).square().mean()))
     assert fault.code == "SL207"
     assert "w" in fault.names
     assert "no_grad" in fault.fix
