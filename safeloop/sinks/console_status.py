@@ -102,10 +102,12 @@ class Status:
 
 
 def losses(scalars: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Label and value of the loss, the metrics and the loss terms, in this order."""
+    """Label and value of the loss, the metrics and the loss terms, in this order; a single term is the loss itself."""
     names = {"loss/train": "loss", "loss/eval": "eval loss"}
     metrics = [tag for tag in scalars if tag.startswith("metric/")]
-    terms = [tag for tag in scalars if tag.startswith("loss/")]
+    terms = [tag for tag in scalars if tag.startswith("loss/") and tag not in names]
+    if len(terms) == 1 and scalars[terms[0]] == scalars.get("loss/train"):
+        terms = []
     for tag in dict.fromkeys([*names, *metrics, *terms]):
         if tag in scalars:
             yield printable(names.get(tag, tag.partition("/")[2])), number(scalars[tag])

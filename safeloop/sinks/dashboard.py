@@ -44,22 +44,25 @@ def categories(tags: Collection[str], modules: Sequence[str]) -> tuple[Category,
     """The dashboard of a run that has written these tags: no chart without a tag, every tag in one chart.
 
     A run has one colour in a chart, so a chart has at most two tags, and each module its own. `modules` is their order.
+    With one optimizer the total repeats it, with one loss term the loss does: what repeats has no chart.
     """
-    health = [Chart("loss: train and eval", ("loss/train", "loss/eval"))]
+    repeated = _repeated(tags)
+    tags = [tag for tag in tags if tag not in repeated]
+    owners = _owners(tags)
+    whole = owners[0] if len(owners) == 1 else "total"
+    health = [Chart("loss: train and eval", ("loss/train", "loss/eval")), *_clipping(whole)]
     health += [Chart(f"metric: {name}", (f"metric/{name}",)) for name in _under(tags, "metric/")]
-    health += _clipping("total")
-    owners = list(dict.fromkeys(name.rsplit("/", 1)[0] for name in _under(tags, "grad/")))
-    gradients = [chart for owner in owners if owner != "total" for chart in _clipping(owner)]
+    gradients = [chart for owner in owners if owner != whole for chart in _clipping(owner)]
     gradients += [chart for owner in owners for chart in _spikes(owner)]
+    gradients.append(Chart("all modules: median between smallest and largest", BAND, is_band=True))
     speed = [Chart("samples per second", ("perf/samples_per_s",)), Chart("milliseconds per step", ("perf/step_ms",))]
     safety = [
         Chart("steps skipped, and with non-finite gradients", ("safety/skipped_total", "safety/nonfinite_total")),
         Chart("faults", ("safety/faults_total",)),
     ]
-    terms = [name for name in _under(tags, "loss/") if name not in ("train", "eval")]
     fixed = [
         ("Health", health),
-        ("Loss terms", [Chart(f"loss term: {name}", (f"loss/{name}",)) for name in terms]),
+        ("Loss terms", [Chart(f"loss term: {name}", (f"loss/{name}",)) for name in _terms(tags)]),
         ("Gradients", gradients),
         *_modules(tags, modules),
         ("Optimizer", [Chart(f"learning rate: {name}", (f"optim/lr/{name}",)) for name in _under(tags, "optim/lr/")]),
@@ -69,6 +72,23 @@ def categories(tags: Collection[str], modules: Sequence[str]) -> tuple[Category,
     shown = {tag for _, charts in fixed for chart in charts for tag in chart.tags}
     fixed.append(("Other", [Chart(tag, (tag,)) for tag in tags if tag not in shown]))
     return tuple(_present(tags, fixed))
+
+
+def _repeated(tags: Collection[str]) -> set[str]:
+    """Tags whose chart would only repeat another: the total of one optimizer, the one term of the loss."""
+    terms, owners = _terms(tags), [owner for owner in _owners(tags) if owner != "total"]
+    found = {f"loss/{terms[0]}"} if len(terms) == 1 and "loss/train" in tags else set()
+    if len(owners) == 1:
+        found |= {f"grad/total/{name}" for name in _under(tags, "grad/total/") if f"grad/{owners[0]}/{name}" in tags}
+    return found
+
+
+def _owners(tags: Collection[str]) -> list[str]:
+    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in _under(tags, "grad/")))
+
+
+def _terms(tags: Collection[str]) -> list[str]:
+    return [name for name in _under(tags, "loss/") if name not in ("train", "eval")]
 
 
 def _under(tags: Collection[str], prefix: str) -> list[str]:
@@ -90,22 +110,19 @@ def _spikes(owner: str) -> list[Chart]:
 
 
 def _modules(tags: Collection[str], order: Sequence[str]) -> list[tuple[str, list[Chart]]]:
-    """One category, headed by the band; above 24 modules, one for each child in which their names first differ."""
+    """One category; above 24 modules, one for each child in which their names first differ."""
     title = "Gradient norm by module"
     place = {name: index for index, name in enumerate(order)}
     names = sorted(_under(tags, MODULE), key=lambda name: place.get(name, len(place)))
     charts = {name: Chart(name, (MODULE + name,)) for name in names}
-    overview = Chart("all modules: median between smallest and largest", BAND, is_band=True)
-    flat = [(title, [overview, *charts.values()])]
+    flat = [(title, list(charts.values()))]
     if len(names) <= _GROUP_ABOVE:
         return flat
     depth = _shared_depth([name.split(".") for name in names])
     groups: dict[str, list[Chart]] = {}
     for name, chart in charts.items():
         groups.setdefault(".".join(name.split(".")[: depth + 1]), []).append(chart)
-    if len(groups) == len(names):
-        return flat
-    return [(title, [overview]), *((f"{title}: {child}", group) for child, group in groups.items())]
+    return flat if len(groups) == len(names) else [(f"{title}: {child}", group) for child, group in groups.items()]
 
 
 def _shared_depth(paths: Sequence[Sequence[str]]) -> int:

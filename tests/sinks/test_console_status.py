@@ -58,6 +58,11 @@ def test_losses_come_in_the_order_loss_evaluation_metrics_terms() -> None:
     assert list(losses(scalars)) == [("loss", "3.000"), ("eval loss", "2.000"), ("accuracy", "0.5000"), ("ce", "1.000")]
 
 
+def test_the_one_term_that_is_the_loss_is_not_shown_twice() -> None:
+    assert list(losses({"loss/train": 0.5, "loss/ce": 0.5})) == [("loss", "0.5000")]
+    assert [label for label, _ in losses({"loss/train": 1.0, "loss/ce": 0.5})] == ["loss", "ce"]
+
+
 def test_a_norm_is_shown_once_where_clipping_changed_nothing() -> None:
     scalars = {f"grad/{owner}/pre_clip": 2.0 for owner in "ab"} | {"grad/a/post_clip": 1.0, "grad/b/post_clip": 2.0}
 
