@@ -16,12 +16,15 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.checks.config.values import ArgumentsRefused
 from safeloop.checks.stages import setup_faults
+from safeloop.checks.update.closure import ClosureRefused, ObjectiveNotFixed, TokensWithoutCount
 from safeloop.checks.update.phases import OptimizerNeverTrained, PhaseTrainsNoOptimizer
 from safeloop.checks.views import Ownership, SetupView
+from safeloop.config.losses import WeightRamp
 from safeloop.data.move import Mover
 from safeloop.data.source import Source
 from safeloop.evaluation import preserved
 from safeloop.faults import Fault
+from safeloop.optim.averaging import Average
 from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
 from safeloop.plan import OwnerFacts, PhaseFacts, StepFacts, StepPlan, Term, build_plan
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
 
 Losses = Callable[[Any], Mapping[str, Any]]
 
+_RESTLESS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+
 MAX_OVERFLOWS = 30
-"""fp16 only: after so many overflows in a row the gradient scale has fallen from 65536 below 1e-4: something else is wrong"""
+"""fp16 only: so many overflows in a row bring the gradient scale from 65536 below 1e-4: something else is wrong"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,10 @@ class Assembly:
     gate: ImmediateGate | DeferredGate
     readers: Mapping[str, TermReader]
     precision: Precision
+    weights: Mapping[str, float]
+    """loss term -> its present weight"""
+    average: Average | None = None
+    """the averaged weights; None where the config wants none"""
 
 
 def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> Assembly:
@@ -110,18 +119,40 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
             parameter.requires_grad_(False)
     owners = _owners(given, ownership)
     ledger.add(untrained(given.phases, list(owners)))
+    ledger.add(closure_faults(given, owners))
+    if config.accumulate.weight_by == "tokens" and given.count_tokens is None:
+        raise given.loaded.error(
+            TokensWithoutCount,
+            "accumulate.weight_by",
+            "`accumulate.weight_by` is `tokens`, and the Trainer has no `count_tokens`",
+            fix="override `count_tokens(self, batch)`, or set `accumulate.weight_by: samples`",
+        )
     precision = Precision(config.run.precision, device)
     gate = _gate(config, owners, device, precision)
     plan = _plan(given, owners, ownership, gate, precision)
-    readers = {phase.name: TermReader(_rules(given, phase, owners)) for phase in given.phases}
+    average = None if config.average is None else Average(config.average, model)
+    weights = _weights(config)
+    readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
-    parts = Parts(model, losses, readers, owners, gate, observer, precision, shares_by(given))
-    return Assembly(device, stream, owners, ownership, plan, Program(plan, parts), gate, readers, precision)
+    parts = Parts(
+        model,
+        losses,
+        readers,
+        owners,
+        gate,
+        observer,
+        precision,
+        "loss_at_cut" in config.log.grad_norms,
+        shares_by(given),
+        average,
+    )
+    program = Program(plan, parts)
+    return Assembly(device, stream, owners, ownership, plan, program, gate, readers, precision, weights, average)
 
 
 def probe(given: Ingredients, stream: Stream) -> dict[str, Mapping[str, Any]]:
-    """What each phase's loss function returns for the first micro-batch; random state and buffers are as before afterwards.
+    """What each phase's loss function returns for the first micro-batch; random state and buffers are then as before.
 
     Lazy parameters take their shapes here. Whatever else the user's function changes stays changed.
     """
@@ -149,7 +180,9 @@ def _ownership(given: Ingredients) -> Ownership:
     if given.optimizers is not None:
         return owned_by_identity(given.model, given.optimizers, given.config.frozen)
     specs = given.config.optimizers or {}
-    return owned_by_patterns(given.model, {name: spec.params for name, spec in specs.items()}, given.config.frozen)
+    exempt = {f"optimizers.{name}.agc.except": spec.agc.exempt for name, spec in specs.items() if spec.agc}
+    patterns = {name: spec.params for name, spec in specs.items()}
+    return owned_by_patterns(given.model, patterns, given.config.frozen, further=exempt)
 
 
 def _located(fault: Fault, loaded: Loaded) -> Fault:
@@ -183,7 +216,9 @@ def _gate(
     wanted = config.nonfinite
     if precision.scale is not None:
         return ImmediateGate(policy="skip", max_consecutive=wanted.max_consecutive or MAX_OVERFLOWS)
-    if device.type == "cuda" and wanted.policy == "raise" and all(owner.is_fused for owner in owners.values()):
+    can_wait = config.average is None  # what is averaged must be known to be finite before
+    can_wait = can_wait and all(owner.is_fused for owner in owners.values())
+    if device.type == "cuda" and wanted.policy == "raise" and can_wait:
         return DeferredGate(owners.values(), device)
     return ImmediateGate(policy=wanted.policy, max_consecutive=wanted.max_consecutive)
 
@@ -195,6 +230,7 @@ def _plan(
     gate: ImmediateGate | DeferredGate,
     precision: Precision,
 ) -> StepPlan:
+    losses = given.config.losses
     weights = _weights(given.config)
     accumulate = given.config.accumulate
     phases = [
@@ -205,13 +241,24 @@ def _plan(
             phase.is_open,
             phase.repeat,
             phase.every,
+            tuple(tuple(losses[name].trains or ()) for name in phase.terms) if given.config.simultaneous else None,
         )
         for phase in given.phases
     ]
     return build_plan(
-        [OwnerFacts(n, owner.kind, owner.max_norm, owner.schedule, _note(owner)) for n, owner in owners.items()],
+        [
+            OwnerFacts(n, owner.kind, owner.limit, owner.schedule, _note(owner), owner.evaluations)
+            for n, owner in owners.items()
+        ],
         phases,
-        StepFacts(gate.policy, gate.is_deferred, precision.scale is not None, accumulate.micro_batches, accumulate.weight_by),
+        StepFacts(
+            gate.policy,
+            gate.is_deferred,
+            precision.scale is not None,
+            accumulate.micro_batches,
+            accumulate.weight_by,
+            None if given.config.average is None else str(given.config.average),
+        ),
         parameters=_parameter_lines(given.model, owners, ownership),
     )
 
@@ -237,11 +284,11 @@ def _few(names: Sequence[str], most: int = 6) -> str:
 
 
 def _weights(config: RunConfig) -> dict[str, float]:
-    return {name: section.weight for name, section in config.losses.items()}
+    return {name: section.first_weight for name, section in config.losses.items()}
 
 
-def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner]) -> TermRules:
-    """The rules for the terms of one phase; with several phases, a declared term is looked for at the end of the step."""
+def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], weights: dict[str, float]) -> TermRules:
+    """The rules for the terms of one phase; only a single phase can tell that a declared term is missing."""
     losses = given.config.losses
     trained = owners.values() if phase.trains is None else [owners[name] for name in phase.trains]
     owned = {name: parameter for owner in trained for name, parameter in owner.parameters.items()}
@@ -249,11 +296,50 @@ def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner]) 
         parameters={**dict(given.model.named_parameters()), **owned},
         owned=frozenset(owned),
         source=phase.source,
-        weights=_weights(given.config),
+        weights=weights,
         declared=tuple(losses) if len(given.phases) == 1 else tuple(phase.terms),
         constants_allowed=frozenset(name for name, section in losses.items() if section.may_be_constant),
-        trains={name: section.trains for name, section in losses.items() if section.trains is not None},
+        trains={} if given.config.simultaneous else {n: s.trains for n, s in losses.items() if s.trains is not None},
+        every={name: section.every for name, section in losses.items() if section.every > 1},
+        schedules={name: s.weight for name, s in losses.items() if isinstance(s.weight, WeightRamp)},
     )
+
+
+def closure_faults(given: Ingredients, owners: Mapping[str, Owner]) -> list[Fault]:
+    """What is wrong around optimizers that need a closure."""
+    faults = []
+    for name in [name for name, owner in owners.items() if owner.needs_closure]:
+        where = given.loaded.where(f"optimizers.{name}") or f"optimizers.{name}"
+        phases = [phase for phase in given.phases if phase.trains is None or name in phase.trains]
+        reasons = [
+            (
+                len(phase.trains or owners) > 1,
+                f"phase `{phase.name}` trains other optimizers beside it",
+                "give it a phase of its own",
+            )
+            for phase in phases
+        ]
+        reasons += [(phase.repeat > 1, f"phase `{phase.name}` repeats", "set its `repeat` to 1") for phase in phases]
+        reasons.append((owners[name].clipping is not None, "its gradients are clipped", "take the clipping out"))
+        reasons.append(
+            (given.config.run.precision == "fp16", "the run is in fp16", "use `run.precision: bf16` or fp32")
+        )
+        for is_so, what, fix in reasons:
+            if is_so:
+                faults.append(
+                    ClosureRefused.fault(f"`{name}` is LBFGS, and {what}", where=where, fix=fix, names=[name])
+                )
+        restless = [n for n, m in given.model.named_modules() if m.training and isinstance(m, _RESTLESS)]
+        if restless:
+            faults.append(
+                ObjectiveNotFixed.fault(
+                    f"`{name}` is LBFGS, and these modules change its loss between evaluations: {_few(restless)}",
+                    where=where,
+                    fix="take them out, put them into eval mode, or train with another optimizer",
+                    names=restless,
+                )
+            )
+    return faults
 
 
 def untrained(phases: Sequence[PhaseMethod], owners: Sequence[str]) -> list[Fault]:
@@ -264,9 +350,10 @@ def untrained(phases: Sequence[PhaseMethod], owners: Sequence[str]) -> list[Faul
             near = get_close_matches(strangers[0], owners, 1)
             faults.append(
                 PhaseTrainsNoOptimizer.fault(
-                    f"phase `{phase.name}` trains `{strangers[0]}`; the optimizers are {', '.join(f'`{o}`' for o in owners)}",
+                    f"phase `{phase.name}` trains `{strangers[0]}`; the optimizers are {', '.join(owners)}",
                     where=phase.source,
-                    fix=(f"did you mean `{near[0]}`? " if near else "") + "name optimizers of the `optimizers:` section",
+                    fix=(f"did you mean `{near[0]}`? " if near else "")
+                    + "name optimizers of the `optimizers:` section",
                     names=strangers,
                 )
             )

@@ -20,7 +20,7 @@ class Declared:
 
     Args:
         loaded: the config, which also says where each path stands.
-        model: called once for each batch.
+        model: gives the model, which is called once for each batch.
         functions: name -> what is called with the inputs.
         inputs: name -> paths into the batch and the model's output.
         section: `losses` or `metrics`.
@@ -29,7 +29,7 @@ class Declared:
     def __init__(
         self,
         loaded: Loaded,
-        model: nn.Module,
+        model: Callable[[], nn.Module],
         functions: Mapping[str, Callable[..., Any]],
         inputs: Mapping[str, Sequence[str]],
         section: str,
@@ -43,7 +43,7 @@ class Declared:
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """Run the model on a batch, and every function on what its paths lead to."""
-        roots = {"batch": batch, "output": self._model(*self._model_arguments(batch))}
+        roots = {"batch": batch, "output": self._model()(*self._model_arguments(batch))}
         return {
             name: _called(function, [follow(path, roots, where=self._where[name]) for path in self._inputs[name]])
             for name, function in self.functions.items()
@@ -63,14 +63,14 @@ class Declared:
         )
 
 
-def declared_losses(loaded: Loaded, model: nn.Module, device: torch.device) -> Declared:
+def declared_losses(loaded: Loaded, model: Callable[[], nn.Module], device: torch.device) -> Declared:
     """The loss terms of a config-only run."""
     sections = {name: section for name, section in loaded.config.losses.items() if section.is_built}
     functions = {name: section.build(loaded.allow) for name, section in sections.items()}
     return Declared(loaded, model, _on(device, functions), _paths(sections), "losses")
 
 
-def declared_metrics(loaded: Loaded, model: nn.Module, device: torch.device) -> Declared:
+def declared_metrics(loaded: Loaded, model: Callable[[], nn.Module], device: torch.device) -> Declared:
     """The metrics of a config-only run."""
     sections = loaded.config.metrics
     functions = {name: section.build(object, loaded.allow) for name, section in sections.items()}

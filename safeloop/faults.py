@@ -17,8 +17,8 @@ _EXIT_CODES = (("SL1", 2), ("SL80", 4), ("SL85", 6), ("SL9", 5))
 class Fault:
     """One thing caught: what was measured, where, why it happens and how to mend it.
 
-    `what` is measured, never guessed. `why` may rank causes. `fix` is an instruction. Empty parts are left out of the text.
-    `names` are the parameters, modules or terms concerned, for `audit.accept`.
+    `what` is measured, never guessed. `why` may rank causes. `fix` is an instruction. Empty parts are left out of
+    the text. `names` are the parameters, modules or terms concerned, for `audit.accept`.
     """
 
     code: str
@@ -53,12 +53,12 @@ def printable(text: str) -> str:
 
 
 def exit_code(code: str) -> int:
-    """The exit status of a command that ends in a fault: 2 config, 3 plan or training, 4 checkpoint, 5 ranks, 6 data or environment."""
+    """The exit status of a command that ends in a fault: 2 config, 3 training, 4 checkpoint, 5 ranks, 6 data."""
     return next((status for prefix, status in _EXIT_CODES if code.startswith(prefix)), 3)
 
 
 class FaultError(Exception):
-    """Raised before any parameter has changed. `fault` is the most specific of the faults of that stage, `others` the rest."""
+    """Raised before any parameter has changed; `fault` is the most specific of its stage, `others` the rest."""
 
     def __init__(self, fault: Fault, others: Sequence[Fault] = ()) -> None:
         super().__init__(fault, tuple(others))

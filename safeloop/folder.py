@@ -38,9 +38,9 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def save_weights(model: nn.Module, folder: Path, step: int) -> Path:
+def save_weights(model: nn.Module, folder: Path, step: int, *, name: str = "model") -> Path:
     """Parameters and buffers into `model.safetensors`, tied ones once, `step` in its metadata; in one move."""
-    path, draft = folder / "model.safetensors", folder / ".model.safetensors.draft"
+    path, draft = folder / f"{name}.safetensors", folder / f".{name}.safetensors.draft"
     safetensors.torch.save_model(model, str(draft), metadata={"step": str(step)})
     draft.chmod(0o600)
     with draft.open("rb") as file:

@@ -22,8 +22,8 @@ class PhaseMark:
 def phase(trains: str | Sequence[str], *, repeat: int = 1, every: int = 1) -> Callable[[Function], Function]:
     """Mark a method of a Trainer as a phase: it gets a micro-batch and returns its loss terms by name.
 
-    Phases run in the order in which they are defined. While one runs, the parameters that it does not train are frozen, so
-    that gradients pass through them and none stay in them.
+    Phases run in the order in which they are defined. While one runs, the parameters that it does not train are
+    frozen, so that gradients pass through them and none stay in them.
 
     Args:
         trains: names of the optimizers that the phase updates.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from safeloop.optim.clipping import ClipByNorm, Clipping
 from safeloop.optim.owner import Owner
 from safeloop.step.report import Reading, StepReport
 
@@ -67,9 +68,7 @@ class Readings:
             tally = self._tallies.setdefault(name, _Tally())
             tally.norm = norm
             tally.largest = _larger(tally.largest, norm)
-            limit = self.owners[name].max_norm
-            if limit is not None:
-                tally.clipped = tally.clipped + (norm > limit)
+            tally.clipped = tally.clipped + report.clipped.get(name, 0.0)
 
     def take(self, report: StepReport) -> dict[str, float]:
         """The numbers of this interval by tag, and a fresh start; one transfer from the device.
@@ -79,11 +78,14 @@ class Readings:
         readings: dict[str, Reading] = {f"loss/{name}": value for name, value in report.terms.items()}
         for name, tally in self._tallies.items():
             readings |= {f"grad/{name}/pre_clip": tally.norm, f"grad/{name}/max_since_last": tally.largest}
-            if self.owners[name].max_norm is not None:
+            if self.owners[name].clipping is not None:
                 readings[f"grad/{name}/clip_fraction"] = tally.clipped / max(1, self._steps)
+        readings |= {f"grad/{name}/post_clip": norm for name, norm in report.clipped_norms.items()}
+        readings |= _geometry(report)
         modules, norms = _module_norms(report) if "module" in self.kinds else ([], None)
         numbers, module_numbers = _to_host(readings, norms)
         scalars = self._losses(numbers, report) | self._gradients(numbers) | self._rates() | self._pace()
+        scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad/", "loss_cos/"))}
         scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
         scalars |= {f"safety/inactive/{name}": count / self._steps for name, count in self._inactive.items()}
         scalars["safety/skipped_total"] = float(self.skipped_total)
@@ -97,15 +99,19 @@ class Readings:
     def _gradients(self, numbers: Mapping[str, float]) -> dict[str, float]:
         scalars: dict[str, float] = {}
         before, after = 0.0, 0.0
+        is_after_known = True
         for name in self._tallies:
-            norm, limit = numbers[f"grad/{name}/pre_clip"], self.owners[name].max_norm
-            clipped = norm if limit is None else norm * min(1.0, limit / (norm + 1e-6))
-            before, after = math.hypot(before, norm), math.hypot(after, clipped)
+            norm = numbers[f"grad/{name}/pre_clip"]
+            clipped = numbers.get(f"grad/{name}/post_clip", _after(self.owners[name].clipping, norm))
+            is_after_known = is_after_known and clipped is not None
+            before, after = math.hypot(before, norm), math.hypot(after, clipped or 0.0)
             if "owner" in self.kinds:
                 scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(f"grad/{name}/")}
-                scalars |= {f"grad/{name}/post_clip": clipped, f"grad/{name}/log10_pre_clip": _log10(norm)}
+                scalars |= {} if clipped is None else {f"grad/{name}/post_clip": clipped}
+                scalars[f"grad/{name}/log10_pre_clip"] = _log10(norm)
         if "total" in self.kinds and self._tallies:
-            scalars |= {"grad/total/pre_clip": before, "grad/total/post_clip": after}
+            scalars["grad/total/pre_clip"] = before
+            scalars |= {"grad/total/post_clip": after} if is_after_known else {}
             scalars["grad/total/log10_pre_clip"] = _log10(before)
         return scalars
 
@@ -128,6 +134,13 @@ def _larger(a: Reading, b: Reading) -> Reading:
     return max(a, b)
 
 
+def _after(clipping: Clipping | None, norm: float) -> float | None:
+    """The norm after clipping, where it follows from the one before; else it is what the step measured."""
+    if clipping is None:
+        return norm
+    return norm * min(1.0, clipping.limit / (norm + 1e-6)) if isinstance(clipping, ClipByNorm) else None
+
+
 def _log10(norm: float) -> float:
     return math.log10(norm) if norm > 0 else -math.inf
 
@@ -138,6 +151,16 @@ def _to_host(readings: Mapping[str, Reading], norms: Tensor | None) -> tuple[dic
     moved = iter(torch.cat(tensors).tolist() if tensors else [])
     numbers = {tag: next(moved) if isinstance(value, Tensor) else value for tag, value in readings.items()}
     return numbers, list(moved)
+
+
+def _geometry(report: StepReport) -> dict[str, Reading]:
+    """Norms and cosines of the terms' gradients at their shared cut."""
+    readings: dict[str, Reading] = {}
+    for geometry in report.geometry:
+        names = geometry.names
+        readings |= {f"loss_grad/{name}": norm for name, norm in zip(names, geometry.norms, strict=True)}
+        readings |= {f"loss_cos/{names[i]}~{names[j]}": geometry.cosines[i, j] for i, j in geometry.pairs}
+    return readings
 
 
 def _module_norms(report: StepReport) -> tuple[list[str], Tensor | None]:

@@ -33,10 +33,10 @@ class Recorder:
         self.dir: Path | None = None
         self.last: dict[str, float] = {}
         self._model = model
+        self._average = assembly.average
         self._ledger = ledger
         self._fanout = Fanout()
-        weights = {name: section.weight for name, section in config.losses.items()}
-        self.readings = Readings(assembly.owners, weights, config.log.grad_norms)
+        self.readings = Readings(assembly.owners, assembly.weights, config.log.grad_norms)
         if config.log.sinks:
             name = config.run.name or "run"
             self.dir = make_run_folder(config.run.dir, name)
@@ -72,6 +72,8 @@ class Recorder:
         try:
             if self.dir is not None and step:
                 save_weights(self._model, self.dir, step)
+                if self._average is not None and self._average.num_averaged:
+                    save_weights(self._average.model, self.dir, step, name="average")
         finally:
             self._fanout.close(outcome)
 

@@ -61,7 +61,7 @@ class Stream:
         batches, epoch = [first], self.epoch
         while len(batches) < size:
             try:
-                batch = self.peek()
+                self.peek()
             except DataEnded:
                 break
             if self.epoch != epoch:

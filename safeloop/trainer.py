@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,19 +17,24 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
 from safeloop.checks.config.run import LossAndLosses, NoLoss
 from safeloop.checks.config.target import TargetOfWrongClass
+from safeloop.checks.config.training import AverageNeverTaken
 from safeloop.checks.data.source import DataEndedEarly
-from safeloop.checks.source import code_name
+from safeloop.checks.source import where_defined
+from safeloop.checks.terms.kinds import TermIsNotFinite
+from safeloop.checks.views import GradientsView
 from safeloop.config import Loaded, load
 from safeloop.data.count import count
 from safeloop.data.move import Mover, resolve_device
 from safeloop.declared import declared_losses, declared_metrics
 from safeloop.evaluation import evaluate, wants_grad
+from safeloop.evaluation.stand_in import standing_in
 from safeloop.faults import Fault, FaultError
 from safeloop.phases import PhaseMark, phases_of
 from safeloop.plan import StepPlan
 from safeloop.recorder import Recorder
 from safeloop.seeds import derive, seed_everything
 from safeloop.step import run_step
+from safeloop.step.terms import term_value
 from safeloop.stream import DataEnded
 
 
@@ -89,7 +93,7 @@ class Trainer:
             raise LossAndLosses.error(
                 f"{type(self).__name__} defines both `{written[0]}` and `{written[1]}`",
                 where=where_defined(getattr(type(self), written[1])),
-                fix="keep one: `loss` for a single term, `losses` for a dict of terms, `@phase` methods for several plans",
+                fix="keep one: `loss` for a single term, `losses` for a dict of terms, `@phase` methods for phases",
             )
         brought, sections = bring(model=model, data=data, eval_data=eval_data, optimizers=optimizers, sections=sections)
         given = {*brought.names, "trainer", *(["losses"] if written else [])}
@@ -111,8 +115,8 @@ class Trainer:
         self.model: nn.Module = brought.build_model(self.loaded)
         self._train_data = brought.train_source(self.loaded)
         self._eval_data = brought.eval_source(self.loaded)
-        self._losses = None if written else declared_losses(self.loaded, self.model, self.device)
-        self._metrics = declared_metrics(self.loaded, self.model, self.device)
+        self._losses = None if written else declared_losses(self.loaded, lambda: self.model, self.device)
+        self._metrics = declared_metrics(self.loaded, lambda: self.model, self.device)
         self._has_metrics = _is_overridden(self, "metrics") or bool(self._metrics.functions)
         wants_loss = self.config.evaluate.loss
         self._evaluates_loss = not self._has_metrics if wants_loss is None else wants_loss
@@ -127,6 +131,12 @@ class Trainer:
     def epoch(self) -> int:
         """The epoch that the next micro-batch belongs to, counted from 0."""
         return 0 if self._assembly is None else self._assembly.stream.epoch
+
+    @property
+    def averaged_model(self) -> nn.Module | None:
+        """The model with averaged weights, which evaluations see as `self.model`; None before the first average."""
+        average = None if self._assembly is None else self._assembly.average
+        return None if average is None or not average.num_averaged else average.model
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of one micro-batch: a 0-d tensor with a path to what it trains. Override this or `losses`."""
@@ -165,7 +175,10 @@ class Trainer:
         """
         assembly = self._assembled()
         for phase, returned in probe(self._ingredients(), assembly.stream).items():
-            self._ledger.add(assembly.readers[phase].faults(returned, is_first=True))
+            reader = assembly.readers[phase]
+            self._ledger.add(reader.faults(reader.due(returned, 0), is_first=True))
+            values = {name: term_value(term) for name, term in returned.items()}
+            self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
         return list(self.faults)
 
     def fit(self) -> RunResult:
@@ -228,6 +241,8 @@ class Trainer:
 
     def _outcome(self) -> str:
         max_steps = self.config.run.max_steps
+        if self.config.average is not None and self.averaged_model is None and self.step:
+            self._ledger.add([_never_averaged(self.step)], self.step)
         if max_steps is None or self.step >= max_steps:
             return "finished"
         if self.config.run.max_epochs is not None:
@@ -238,15 +253,22 @@ class Trainer:
     def _evaluate(self, recorder: Recorder) -> dict[str, float]:
         assert self._eval_data is not None
         move = Mover(self.device)
-        metrics = evaluate(
-            self._measure,
-            self.model,
-            (move(batch) for batch in self._eval_data.epoch(0)),
-            count=self.count,
-            wants_grad=wants_grad(self.metrics),
-            seed=derive(self.config.run.seed, "evaluate"),
-            where=where_defined(type(self).metrics),
-        )
+        precision = self._assembled().precision
+
+        def measure(batch: Any) -> dict[str, Any]:
+            with precision.autocast():
+                return self._measure(batch)
+
+        with standing_in(self, self.averaged_model):
+            metrics = evaluate(
+                measure,
+                self.model,
+                (move(batch) for batch in self._eval_data.epoch(0)),
+                count=self.count,
+                wants_grad=wants_grad(self.metrics),
+                seed=derive(self.config.run.seed, "evaluate"),
+                where=where_defined(type(self).metrics),
+            )
         recorder.evaluated(self.step, self.epoch, metrics)
         return metrics
 
@@ -254,12 +276,9 @@ class Trainer:
         measured = self.metrics(batch) if self._has_metrics else {}
         if not self._evaluates_loss or not isinstance(measured, Mapping):
             return measured  # type: ignore[return-value]
-        weights = {name: section.weight for name, section in self.config.losses.items()}
-        terms = ((weights.get(name, 1.0), term) for name, term in self.losses(batch).items())
-        return {
-            "loss/eval": sum(w * ((t[0] * t[1]).sum() if isinstance(t, tuple) else t) for w, t in terms),
-            **measured,
-        }
+        weights = self._assembled().weights
+        terms = {name: term for phase in self._phases() for name, term in phase.losses(batch).items()}
+        return {"loss/eval": sum(weights.get(name, 1.0) * term_value(term) for name, term in terms.items()), **measured}
 
     def _assembled(self) -> Assembly:
         if self._assembly is None:
@@ -323,14 +342,17 @@ def trainer_class(loaded: Loaded) -> type[Trainer]:
         raise loaded.error(TargetOfWrongClass, "trainer.target", error.fault.what, fix=error.fault.fix) from error
 
 
-def where_defined(function: Any) -> str:
-    """`path:line in name` of a function of the user's; empty for what was not written in Python."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno} in {code_name(code)}"
-
-
 def _is_overridden(trainer: Trainer, method: str) -> bool:
     return getattr(type(trainer), method) is not getattr(Trainer, method)
+
+
+def _never_averaged(steps: int) -> Fault:
+    return AverageNeverTaken.fault(
+        f"the run ended after {steps} steps, and none of their weights were averaged",
+        where="average",
+        fix="lower `average.start`; the metrics are those of the live weights",
+        severity="warning",
+    )
 
 
 def _ended_early(steps: int, max_steps: int) -> Fault:

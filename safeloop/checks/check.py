@@ -1,4 +1,4 @@
-"""The base of every check. A check looks for one pattern, has a code, and its docstring is the published page of that code."""
+"""The base of every check: it looks for one pattern, has a code, and its docstring is the page of that code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Check:
         severity: Severity | None = None,
         names: Sequence[str] = (),
     ) -> Fault:
-        """This check's fault; `severity` overrides the class's own, `names` are what `audit.accept` patterns look at."""
+        """This check's fault; `severity` overrides the class's own, `audit.accept` looks at `names`."""
         return Fault(cls.code, cls.title, what, where, why, fix, severity or cls.severity, tuple(names))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Every code and the file that defines it: a literal table, so that `safeloop explain` can read a page without importing torch.
+"""Every code and the file that defines it: a literal table, which `safeloop explain` reads without torch.
 
 A code is never reused. A test compares the table with the classes.
 """
@@ -26,6 +26,8 @@ FILES: dict[str, str] = {
     "SL117": "config/run.py",  # NoLoss
     "SL118": "config/run.py",  # LossAndLosses
     "SL119": "config/run.py",  # BadInputPath
+    "SL120": "config/training.py",  # ClippedTwice
+    "SL121": "config/training.py",  # AverageNeverTaken
     # SL2: parameters and ownership
     "SL201": "setup/ownership.py",  # UnownedParameter
     "SL202": "setup/ownership.py",  # ParameterOwnedTwice
@@ -55,6 +57,8 @@ FILES: dict[str, str] = {
     "SL408": "terms/values.py",  # TermWeightsOfWrongShape
     "SL409": "terms/graph.py",  # TermIgnoresTheModel
     "SL410": "terms/graph.py",  # TermReachesWhatItDoesNotTrain
+    "SL411": "terms/simultaneous.py",  # TermWithoutTrains
+    "SL412": "terms/simultaneous.py",  # TermReachesNothingItTrains
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     # SL6: update, optimizer and schedule
@@ -62,6 +66,11 @@ FILES: dict[str, str] = {
     "SL602": "update/order.py",  # SkippedTooOften
     "SL603": "update/phases.py",  # PhaseTrainsNoOptimizer
     "SL604": "update/phases.py",  # OptimizerNeverTrained
+    "SL605": "update/average.py",  # NonFiniteWeights
+    "SL606": "update/average.py",  # ModelCannotBeCopied
+    "SL610": "update/closure.py",  # ClosureRefused
+    "SL611": "update/closure.py",  # ObjectiveNotFixed (warning)
+    "SL612": "update/closure.py",  # TokensWithoutCount
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     # SL85: data and environment

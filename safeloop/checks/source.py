@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import linecache
 import os
 import re
@@ -47,6 +48,12 @@ def shown_path(path: str) -> str:
 def code_name(code: CodeType) -> str:
     """The qualified name of a code object (its plain name before Python 3.11)."""
     return str(getattr(code, "co_qualname", code.co_name)).replace(".<locals>", "")
+
+
+def where_defined(function: object) -> str:
+    """`path:line in name` of a function of the user's; empty for what was not written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    return "" if code is None else f"{shown_path(code.co_filename)}:{code.co_firstlineno} in {code_name(code)}"
 
 
 def frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:

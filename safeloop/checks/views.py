@@ -1,4 +1,4 @@
-"""What checks look at. Plain data, filled by the plan's nodes in a Trainer and by hooks in a foreign loop; never the Trainer itself."""
+"""What checks look at: plain data, filled by a plan's nodes or by hooks in a foreign loop; never the Trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ownership:
-    """Who updates which parameter. Names are full parameter names; a tied parameter has one name, its other names are aliases."""
+    """Who updates which parameter, by full names; a tied parameter has one name, the others are aliases."""
 
     owner_of: Mapping[str, str]
     """parameter name -> owner (optimizer) name, for every parameter that some optimizer updates"""

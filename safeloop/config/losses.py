@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, create_model
 from torch import nn
 from torch.nn.modules import loss as torch_losses
 
-from safeloop.component import Bool, Component, Float
+from safeloop.component import Bool, Component, Float, Int
 from safeloop.config.inputs import InputPath
 from safeloop.optim.specs import Patterns
 from safeloop.signatures import Refusal, arguments, family, refusal
@@ -19,11 +19,31 @@ from safeloop.target import TargetSpec
 INPUTS: tuple[str, ...] = ("output", "batch.1")
 
 
+class WeightRamp(Component):
+    """A weight that moves in a straight line, and stays where it arrives."""
+
+    start: Float
+    """weight until step `begin`"""
+    end: Float
+    """weight from step `begin + steps` on"""
+    steps: Int = Field(ge=1)
+    """how many steps the way takes"""
+    begin: Int = Field(default=0, ge=0)
+    """step at which it sets out"""
+
+    def at(self, step: int) -> float:
+        """The weight on a step, counted from 0."""
+        way = min(max((step - self.begin) / self.steps, 0.0), 1.0)
+        return self.start + (self.end - self.start) * way
+
+
 class LossSection(Component):
     """What a config says of one loss term. A term that the config does not name has these defaults."""
 
-    weight: Float = Field(default=1.0, json_schema_extra={"x-from": "safeloop"})
-    """factor of this term in the sum that is differentiated"""
+    weight: Float | WeightRamp = Field(default=1.0, json_schema_extra={"x-from": "safeloop"})
+    """factor of this term in the sum that is differentiated: a number, or a line from `start` to `end` over `steps`"""
+    every: Int = Field(default=1, ge=1, json_schema_extra={"x-from": "safeloop"})
+    """the term counts only on the steps that this divides; a callable term is not even computed on the others"""
     trains: Patterns | None = Field(default=None, json_schema_extra={"x-from": "safeloop"})
     """patterns of the parameters that this term may reach; reaching another one, or none, is a fault"""
     may_be_constant: Bool = Field(default=False, json_schema_extra={"x-from": "safeloop"})
@@ -33,6 +53,11 @@ class LossSection(Component):
     def is_built(self) -> bool:
         """Whether the config itself says how the term is computed."""
         return False
+
+    @property
+    def first_weight(self) -> float:
+        """The weight on the first step."""
+        return self.weight.at(0) if isinstance(self.weight, WeightRamp) else self.weight
 
     def build(self, allow: Collection[str]) -> Callable[..., Any] | None:
         """The loss as a callable of its inputs; None where a Trainer computes the term."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from safeloop.checks.config.keys import MissingKey
 from safeloop.checks.config.run import NoLoss
+from safeloop.checks.config.training import AverageNeverTaken, ClippedTwice
 from safeloop.checks.config.values import ArgumentsRefused, SuspiciousValue
 from safeloop.config.errors import Problem
 from safeloop.config.losses import LOSSES, dry_construct_loss
@@ -25,6 +26,7 @@ from safeloop.signatures import Refusal
 from safeloop.target import argument_faults, nested_target, resolve_target
 
 LARGE_LR = 10.0
+CLIPPINGS = ("max_norm", "clip_value", "agc")
 
 
 class _Updating(type):
@@ -53,6 +55,8 @@ def problems_of(root: Node, allow: Collection[str], given: Collection[str]) -> I
     yield from _losses(root, given)
     yield from _targets(root, allow)
     yield from _refused(root)
+    yield from _clippings(root)
+    yield from _never_averaged(root)
     yield from _too_short(root)
 
 
@@ -215,6 +219,32 @@ def refused_problem(root: Node, path: Path, refused: Refusal) -> Problem:
     name = refused.path[-1] if refused.path else path[-1]
     fix = "change it, or the argument that it depends on"
     return Problem(ArgumentsRefused.fault(f"{name} refused: {refused.reason}", fix=fix), at, dotted(whole))
+
+
+def _clippings(root: Node) -> Iterator[Problem]:
+    for path, optimizer in optimizers_of(root):
+        kinds = [kind for kind in optimizer.value if kind in CLIPPINGS and _is_set(optimizer, kind)]
+        for second in kinds[1:]:
+            node = optimizer.value[second]
+            what = f"`{second}` beside `{kinds[0]}`: two kinds of clipping"
+            fix = f"keep one: take out `{second}` or `{kinds[0]}`"
+            yield Problem(ClippedTwice.fault(what, fix=fix), node.key or node.at, dotted((*path, second)))
+
+
+def _never_averaged(root: Node) -> Iterator[Problem]:
+    steps, start = root.find(("run", "max_steps")), root.find(("average", "start"))
+    last, first = (_number(node) if node is not None else None for node in (steps, start))
+    if start is not None and last is not None and first is not None and first > last > 0:
+        what = f"the average starts after step {first:g}, and the run ends after step {last:g}"
+        fix = f"set start to {max(1, int(0.75 * last))} or so"
+        yield Problem(AverageNeverTaken.fault(what, fix=fix), start.at, "average.start")
+
+
+def optimizers_of(root: Node) -> list[tuple[Path, Node]]:
+    """The path and section of each optimizer that is written as a section."""
+    section = root.child("optimizers")
+    named = section.value.items() if section is not None and isinstance(section.value, dict) else ()
+    return [(("optimizers", name), node) for name, node in named if isinstance(node.value, dict)]
 
 
 def _too_short(root: Node) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from safeloop.component import Bool, Component, Int
 from safeloop.config.inputs import BatchPath, InputPath
 from safeloop.config.losses import INPUTS, AnyLoss
 from safeloop.data.config import DataConfig
+from safeloop.optim.averaging import AnyAverage
 from safeloop.optim.specs import AnyOptimizer
 from safeloop.sinks.union import SinkName, SinkSpec
 from safeloop.target import TargetSpec, resolve_target
@@ -28,6 +29,13 @@ _TERM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,63}")
 def _run_name(name: str) -> str:
     if not _RUN_NAME.fullmatch(name):
         raise PydanticCustomError(BadRunName.code, "{name} is no plain folder name", {"name": repr(name)})
+    return name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
+        message = "{name} is no device; write auto, cpu, cuda or cuda:0"
+        raise PydanticCustomError("bad_name", message, {"name": repr(name)})
     return name
 
 
@@ -65,6 +73,7 @@ def _sink(sink: Any) -> Any:
 
 OptimizerName = Annotated[str, AfterValidator(_optimizer_name)]
 TermName = Annotated[str, AfterValidator(_term_name)]
+GradNorm = Literal["total", "owner", "module", "loss_at_cut"]
 PhaseName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 CheckCode = Annotated[str, AfterValidator(_known_code)]
 Optimizers = Annotated[
@@ -87,7 +96,7 @@ class RunSection(Component):
     """stop after this many steps; this or max_epochs is required, the first reached ends the run"""
     max_epochs: Int | None = Field(default=None, ge=0, lt=2**63)
     """stop after this many passes over the training data"""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """number format of the forward: bf16 and fp16 by autocast, fp16 with a gradient scale"""
@@ -172,8 +181,8 @@ class LogSection(Component):
 
     every: Int = Field(default=50, ge=1)
     """steps between records"""
-    grad_norms: tuple[Literal["total", "owner", "module"], ...] = ("total", "owner", "module")
-    """gradient norms to record: over everything, per optimizer, per module"""
+    grad_norms: tuple[GradNorm, ...] = ("total", "owner", "module", "loss_at_cut")
+    """gradient norms: of everything, per optimizer, per module, per loss term at the features that terms share"""
     sinks: tuple[Sink, ...] = Field(default=("tensorboard", "console", "jsonl"), validate_default=True)
     """where records go: names, or sections with a `type`"""
 
@@ -199,10 +208,14 @@ class RunConfig(Component):
     """metrics by name, for runs without a Trainer subclass"""
     phases: dict[PhaseName, PhaseSection] = Field(default_factory=dict)
     """phases by name, in order, each with losses and optimizers of its own"""
+    simultaneous: Bool = False
+    """each loss term trains only what its `trains` names, from one forward; all updates after all backward passes"""
     accumulate: AccumulateSection = AccumulateSection()
     """micro-batches per update"""
     nonfinite: NonFiniteSection = NonFiniteSection()
     """what happens on NaN and infinity"""
+    average: AnyAverage | None = None
+    """an average of the weights over steps, evaluated and saved beside the live ones; null: none"""
     audit: AuditSection = AuditSection()
     """how much is checked"""
     evaluate: EvaluateSection = EvaluateSection()

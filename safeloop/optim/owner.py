@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from safeloop.autograd.norms import are_uniform
+from safeloop.optim.clipping import AdaptiveFields, ClipAdaptively, ClipByNorm, ClipByValue, Clipping
 from safeloop.optim.direct import DirectUpdate, direct_update
 from safeloop.optim.ownership import aliases, matches
 
@@ -26,6 +27,14 @@ class Spec(Protocol):
     @property
     def max_norm(self) -> float | None:
         """The norm that its gradient is clipped to."""
+
+    @property
+    def clip_value(self) -> float | None:
+        """The largest absolute value that an entry of its gradient may have."""
+
+    @property
+    def agc(self) -> AdaptiveFields | None:
+        """How its gradient is clipped adaptively."""
 
     @property
     def scheduler(self) -> Any:
@@ -49,7 +58,7 @@ class Owner:
     optimizer: Optimizer
     parameters: dict[str, nn.Parameter]
     """full name -> parameter, in the optimizer's order"""
-    max_norm: float | None = None
+    clipping: Clipping | None = None
     scheduler: LRScheduler | None = None
     tensors: list[nn.Parameter] = field(init=False)
     is_uniform: bool = field(init=False)
@@ -65,6 +74,22 @@ class Owner:
     def is_fused(self) -> bool:
         """Whether every group runs torch's fused kernel, which takes `found_inf` and bumps no version counter."""
         return all(group.get("fused") for group in self.optimizer.param_groups)
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether its update computes the loss several times."""
+        return isinstance(self.optimizer, LBFGS)
+
+    @property
+    def evaluations(self) -> int | None:
+        """How often one update may compute the loss; None where it does not."""
+        group = self.optimizer.param_groups[0]
+        return (group["max_eval"] or group["max_iter"] * 5 // 4) if self.needs_closure else None
+
+    @property
+    def limit(self) -> tuple[float, str] | None:
+        """The limit of its clipping and the kind, for the plan."""
+        return None if self.clipping is None else (self.clipping.limit, self.clipping.key)
 
     @property
     def schedule(self) -> str | None:
@@ -100,7 +125,7 @@ def build_owner(name: str, spec: Spec, parameters: Mapping[str, nn.Parameter], m
         ordered |= left
     optimizer = _built(spec, groups)
     scheduler = None if spec.scheduler is None else spec.scheduler.build(optimizer)
-    return Owner(name, optimizer, ordered, spec.max_norm, scheduler)
+    return Owner(name, optimizer, ordered, _clipping(spec, ordered, names), scheduler)
 
 
 def ready_owner(name: str, optimizer: Optimizer, model: nn.Module) -> Owner:
@@ -112,6 +137,21 @@ def ready_owner(name: str, optimizer: Optimizer, model: nn.Module) -> Owner:
         for i, tensor in enumerate(group["params"])
     }
     return Owner(name, optimizer, held)
+
+
+def _clipping(
+    spec: Spec, parameters: Mapping[str, nn.Parameter], names: Mapping[str, Sequence[str]]
+) -> Clipping | None:
+    if spec.max_norm is not None:
+        return ClipByNorm(spec.max_norm)
+    if spec.clip_value is not None:
+        if is_complex := [name for name, parameter in parameters.items() if parameter.is_complex()]:
+            raise ValueError(f"`clip_value` clamps real numbers, and `{is_complex[0]}` is complex")
+        return ClipByValue(spec.clip_value)
+    if spec.agc is None:
+        return None
+    exempt = (n for n in parameters if any(matches(alias, spec.agc.exempt) for alias in names.get(n, (n,))))
+    return ClipAdaptively(spec.agc.clip, spec.agc.eps, frozenset(exempt))
 
 
 def _built(spec: Spec, groups: list[dict[str, Any]]) -> Optimizer:

@@ -28,7 +28,13 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {all_names[0]: tuple(all_names) for all_names in names.values()}
 
 
-def owned_by_patterns(model: nn.Module, patterns: Mapping[str, Patterns], frozen: Sequence[str] = ()) -> Ownership:
+def owned_by_patterns(
+    model: nn.Module,
+    patterns: Mapping[str, Patterns],
+    frozen: Sequence[str] = (),
+    *,
+    further: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Ownership:
     """Ownership as a config declares it.
 
     Args:
@@ -36,6 +42,7 @@ def owned_by_patterns(model: nn.Module, patterns: Mapping[str, Patterns], frozen
         patterns: owner -> `fnmatchcase` patterns over full parameter names, or `rest`: what no other pattern took.
             A tied parameter is matched by any of its names.
         frozen: patterns of parameters that nobody updates.
+        further: config path -> patterns that own nothing, and yet should match something.
     """
     names = aliases(model)
     parameters = dict(model.named_parameters())
@@ -53,7 +60,8 @@ def owned_by_patterns(model: nn.Module, patterns: Mapping[str, Patterns], frozen
                 owners.append(rest)
     everything = [name for all_names in names.values() for name in all_names]
     written = {f"optimizers.{owner}.params": wanted for owner, wanted in patterns.items() if wanted != "rest"}
-    return _ownership(names, claims, still, patterns, unmatched=_unmatched(everything, {**written, "frozen": frozen}))
+    wanted_somewhere = {**written, **further, "frozen": frozen}
+    return _ownership(names, claims, still, patterns, unmatched=_unmatched(everything, wanted_somewhere))
 
 
 def owned_by_identity(model: nn.Module, optimizers: Mapping[str, Optimizer], frozen: Sequence[str] = ()) -> Ownership:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from safeloop.plan.average import Average
+from safeloop.plan.closure import ClosureUpdate
 from safeloop.plan.nodes import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Term, Unscale, Update, Zero
 from safeloop.plan.plan import Phase, StepPlan
+from safeloop.plan.simultaneous import SeparateBackward
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +18,12 @@ class OwnerFacts:
 
     name: str
     optimizer: str
-    max_norm: float | None = None
+    clipping: tuple[float, str] | None = None
+    """limit and kind, as the clip node has them"""
     scheduler: str | None = None
     note: str = ""
+    evaluations: int | None = None
+    """how often its update may compute the loss; None: once, before the update"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class PhaseFacts:
     """whether its loss function may return further terms"""
     repeat: int = 1
     every: int = 1
+    separate: tuple[tuple[str, ...], ...] | None = None
+    """simultaneous: patterns of what each term trains, as `terms`; None: all terms in one pass"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,8 @@ class StepFacts:
     """whether gradients are scaled (fp16)"""
     micro_batches: int = 1
     weight_by: str = "samples"
+    average: str | None = None
+    """the rule by which weights are averaged over steps"""
 
 
 def build_plan(
@@ -65,15 +75,23 @@ def build_plan(
     step = step or StepFacts()
     names = tuple(phase.name for phase in phases)
     trained = {name for phase in phases for name in phase.trains}
-    closing: list[Node] = [Schedule(o.name, o.scheduler) for o in owners if o.scheduler is not None and o.name in trained]
+    closing: list[Node] = [
+        Schedule(o.name, o.scheduler) for o in owners if o.scheduler is not None and o.name in trained
+    ]
     if step.is_scaled:
         closing.append(Adapt(tuple(owner.name for owner in owners if owner.name in trained)))
+    if step.average is not None:
+        closing.append(Average(step.average))
     built = [_phase(phase, [o for o in owners if o.name in phase.trains], owners, step, names) for phase in phases]
     return StepPlan(tuple(built), tuple(closing), tuple(parameters))
 
 
 def _phase(
-    phase: PhaseFacts, trained: Sequence[OwnerFacts], owners: Sequence[OwnerFacts], step: StepFacts, phases: tuple[str, ...]
+    phase: PhaseFacts,
+    trained: Sequence[OwnerFacts],
+    owners: Sequence[OwnerFacts],
+    step: StepFacts,
+    phases: tuple[str, ...],
 ) -> Phase:
     return Phase(
         name=phase.name,
@@ -89,14 +107,31 @@ def _phase(
 
 def _nodes(phase: PhaseFacts, owners: Sequence[OwnerFacts], step: StepFacts, phases: tuple[str, ...]) -> Iterator[Node]:
     names = tuple(owner.name for owner in owners)
+    if closures := [owner for owner in owners if owner.evaluations is not None]:
+        yield _closure(phase, closures[0])
+        return
     yield Zero(names)
     yield Forward(phase.name, phase.terms, phase.is_open)
-    yield Backward(phase.name, phase.terms, names, phase.is_open)
+    if phase.separate is None:
+        yield Backward(phase.name, phase.terms, names, phase.is_open)
+    else:
+        yield SeparateBackward(phase.name, phase.terms, names, trains=phase.separate)
     if step.is_scaled:
         yield Unscale(names)
     yield Finite(names, step.policy, step.is_deferred, step.is_scaled)
     for owner in owners:
-        if owner.max_norm is not None:
-            yield Clip(owner.name, owner.max_norm)
+        if owner.clipping is not None:
+            yield Clip(owner.name, *owner.clipping)
     for owner in owners:
-        yield Update(owner.name, owner.optimizer, owner.max_norm is not None, owner.note, phases)
+        yield Update(owner.name, owner.optimizer, owner.clipping is not None, owner.note, phases)
+
+
+def _closure(phase: PhaseFacts, owner: OwnerFacts) -> ClosureUpdate:
+    names = (owner.name,)
+    inner = (
+        Zero(names),
+        Forward(phase.name, phase.terms, phase.is_open),
+        Backward(phase.name, phase.terms, names, phase.is_open),
+        Finite(names),
+    )
+    return ClosureUpdate(owner.name, owner.optimizer, inner, owner.evaluations or 1)

@@ -252,11 +252,13 @@ class Finite(Node):
 
 @dataclass(frozen=True, slots=True)
 class Clip(Node):
-    """Scale the gradients of one owner down to a norm."""
+    """Limit the gradients of one owner."""
 
     verb: ClassVar[str] = "clip"
     owner: str
-    max_norm: float
+    limit: float
+    kind: str = "max_norm"
+    """`max_norm`, `clip_value` or `agc`: the key of the config"""
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -268,7 +270,7 @@ class Clip(Node):
 
     @property
     def subject(self) -> str:
-        return f"{self.owner} <= {self.max_norm:g}"
+        return f"{self.owner}  {_LIMITS[self.kind].format(self.limit)}"
 
     @property
     def note(self) -> str:
@@ -276,7 +278,19 @@ class Clip(Node):
 
     @property
     def why(self) -> str:
-        return "clipping multiplies every gradient by max_norm / norm: one NaN in the norm would reach all of them"
+        return _WHY_CLIP[self.kind]
+
+
+_LIMITS = {
+    "max_norm": "norm <= {:g}",
+    "clip_value": "each value <= {:g}",
+    "agc": "each unit <= {:g} of its weights",
+}
+_WHY_CLIP = {
+    "max_norm": "clipping multiplies every gradient by max_norm / norm: one NaN in the norm would reach all of them",
+    "clip_value": "clamping would make an infinite gradient look like a large one",
+    "agc": "clipping multiplies a unit's gradient by what its norm allows: one NaN would reach the whole unit",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from safeloop.checks.update.order import StepOutOfOrder
 from safeloop.faults import FaultError
 from safeloop.plan import show
+from safeloop.plan.closure import ClosureUpdate
 from safeloop.plan.nodes import Fact, Node, Update
 
 
@@ -68,7 +69,7 @@ class StepPlan:
 
 
 def _is_updated(phase: Phase, owner: str) -> bool:
-    return any(isinstance(node, Update) and node.owner == owner for node in phase.nodes)
+    return any(isinstance(node, Update | ClosureUpdate) and node.owner == owner for node in phase.nodes)
 
 
 def _walk(place: str, nodes: Sequence[Node], held: set[Fact], turn: int = 0) -> set[Fact]:
@@ -76,6 +77,8 @@ def _walk(place: str, nodes: Sequence[Node], held: set[Fact], turn: int = 0) -> 
     for index, node in enumerate(nodes):
         if missing := sorted(node.needs - held):
             raise _out_of_order(place, nodes, index, missing, turn)
+        if isinstance(node, ClosureUpdate):
+            _walk(f"{place}, each evaluation of `{node.owner}`", node.inner, held, turn)
         held = (held - node.voids) | node.gives
     return held
 

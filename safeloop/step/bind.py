@@ -9,13 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.faults import Fault, FaultError
+from safeloop.optim.averaging import Average
 from safeloop.optim.owner import Owner
 from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Unscale, Update, Zero
+from safeloop.plan import average as plan_average
+from safeloop.plan.simultaneous import SeparateBackward
+from safeloop.step.clip import clipper
 from safeloop.step.finite import DeferredGate, ImmediateGate, gather
-from safeloop.step.precision import Precision
-from safeloop.step.report import Frame
+from safeloop.step.precision import GradientScale, Precision
+from safeloop.step.report import Frame, TermGeometry
+from safeloop.step.simultaneous import bind_separate
 from safeloop.step.terms import TermReader
 
 Operation = Callable[[Frame], None]
@@ -53,8 +59,12 @@ class Parts:
     gate: ImmediateGate | DeferredGate
     observer: Observer
     precision: Precision
+    measures_cut: bool = False
+    """whether the steps that log compare the terms' gradients at their shared cut"""
     shares: Callable[[Sequence[Any]], list[float]] = equal_shares
     """the part of the whole that each micro-batch of a window is"""
+    average: Average | None = None
+    """the averaged weights"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:
@@ -76,8 +86,10 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
     reader, losses, observer = parts.readers[node.phase], parts.losses[node.phase], parts.observer
     precision, model, source = parts.precision, parts.model, reader.rules.source
     is_plain_format = precision.format == "fp32"
+    has_special = reader.has_special
 
     def forward(frame: Frame) -> None:
+        frame.source = source
         try:
             if is_plain_format:
                 returned = losses(frame.batch)
@@ -89,6 +101,10 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             raise
         if frame.is_audited:
             observer.forwarded(frame.report.step)
+        if has_special:
+            reader.weigh(frame.report.step)
+        if has_special or any(map(callable, returned.values())):
+            returned = reader.due(returned, frame.report.step)
         is_plain = reader.read(returned, frame)
         if not is_plain or frame.is_audited:
             observer.faults(reader.faults(returned, is_first=frame.report.step == 0), frame.report.step)
@@ -100,19 +116,27 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
 
 def _bind_backward(node: Backward, parts: Parts) -> Operation:
     source, model, scale = parts.readers[node.phase].rules.source, parts.model, parts.precision.scale
+    measures_cut = parts.measures_cut
 
     def backward(frame: Frame) -> None:
         if not frame.roots:
             return
         seeds = frame.seeds if scale is None else scale.scaled(frame.seeds)
         try:
-            torch.autograd.backward(frame.roots, seeds)
+            if measures_cut and frame.wants_modules and len(frame.roots) > 1:
+                _keep_geometry(frame, backward_with_taps(frame.roots, seeds), scale)
+            else:
+                torch.autograd.backward(frame.roots, seeds)
         except RuntimeError as error:
             _explain(error, source, model)
             raise
         frame.roots, frame.seeds, frame.root_names = [], [], []
 
     return backward
+
+
+def _bind_separate(node: SeparateBackward, parts: Parts) -> Operation:
+    return bind_separate(node, parts, lambda error, source: _explain(error, source, parts.model))
 
 
 def _bind_unscale(node: Unscale, parts: Parts) -> Operation:
@@ -135,18 +159,7 @@ def _bind_finite(node: Finite, parts: Parts) -> Operation:
 
 
 def _bind_clip(node: Clip, parts: Parts) -> Operation:
-    name, max_norm = node.owner, node.max_norm
-    surely_below = max_norm * (1 - 1e-5) - 2e-6
-
-    def clip(frame: Frame) -> None:
-        norm = frame.report.norms.get(name)
-        if frame.is_skipped or name not in frame.totals or (isinstance(norm, float) and norm < surely_below):
-            return
-        coefficient = torch.clamp(max_norm / (frame.totals[name] + 1e-6), max=1.0)
-        for gradients in _by_kind(frame.gradients[name]):
-            torch._foreach_mul_(gradients, coefficient.to(gradients[0].device))
-
-    return clip
+    return clipper(parts.owners[node.owner])
 
 
 def _bind_update(node: Update, parts: Parts) -> Operation:
@@ -178,6 +191,17 @@ def _bind_schedule(node: Schedule, parts: Parts) -> Operation:
     return schedule
 
 
+def _bind_average(node: plan_average.Average, parts: Parts) -> Operation:
+    average, model = parts.average, parts.model
+    assert average is not None, "an average node without an average"
+
+    def average_weights(frame: Frame) -> None:
+        if frame.report.updated:
+            average.update(model, frame.report.step + 1)
+
+    return average_weights
+
+
 def _bind_adapt(node: Adapt, parts: Parts) -> Operation:
     scale = parts.precision.scale
     assert scale is not None, "an adapt node without a gradient scale"
@@ -192,20 +216,25 @@ _BINDERS: Mapping[type[Node], Callable[[Any, Parts], Operation]] = {
     Zero: _bind_zero,
     Forward: _bind_forward,
     Backward: _bind_backward,
+    SeparateBackward: _bind_separate,
     Unscale: _bind_unscale,
     Finite: _bind_finite,
     Clip: _bind_clip,
     Update: _bind_update,
     Schedule: _bind_schedule,
     Adapt: _bind_adapt,
+    plan_average.Average: _bind_average,
 }
 
 
-def _by_kind(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    kinds: dict[tuple[torch.device, torch.dtype, torch.layout], list[torch.Tensor]] = {}
-    for gradient in gradients:
-        kinds.setdefault((gradient.device, gradient.dtype, gradient.layout), []).append(gradient)
-    return list(kinds.values())
+def _keep_geometry(frame: Frame, geometry: Geometry | None, scale: GradientScale | None) -> None:
+    """Of a window, the last micro-batch's; without the gradient scale."""
+    if geometry is None:
+        return
+    names = tuple(frame.root_names)
+    norms = geometry.norms if scale is None else geometry.norms / scale.value
+    others = [known for known in frame.report.geometry if known.names != names]
+    frame.report.geometry = [*others, TermGeometry(names, norms, geometry.cosines, geometry.pairs)]
 
 
 def _explain(error: RuntimeError, source: str, model: nn.Module) -> None:

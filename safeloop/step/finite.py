@@ -46,8 +46,8 @@ def measure(owners: Iterable[Owner], frame: Frame) -> None:
 class ImmediateGate:
     """Looks at the norms before the update: free on CPU, one sync per step elsewhere.
 
-    Policy `raise` raises the fault; `skip` leaves out the update of every owner of the phase, and raises where more than
-    `max_consecutive` turns in a row were skipped.
+    Policy `raise` raises the fault; `skip` leaves out the update of every owner of the phase, and raises where more
+    than `max_consecutive` turns in a row were skipped.
     """
 
     is_deferred = False
@@ -91,8 +91,8 @@ class ImmediateGate:
 class DeferredGate:
     """Never waits for the device: a flag there blocks a bad update and every later one; it is read one turn later.
 
-    Needs optimizers whose fused kernel takes `found_inf`. When the fault is raised, the weights are those from before the bad
-    step.
+    Needs optimizers whose fused kernel takes `found_inf`. When the fault is raised, the weights are those from
+    before the bad step.
     """
 
     is_deferred = True
@@ -148,7 +148,7 @@ def _copy_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 def _view(owners: Sequence[Owner], frame: Frame) -> GradientsView:
     parameters = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
-    return GradientsView(parameters, frame.terms, frame.report.step, f"step {frame.report.step}")
+    return GradientsView(parameters, frame.terms, frame.report.step, f"step {frame.report.step}, {frame.source}")
 
 
 def _correct_overflow(frame: Frame) -> None:

@@ -18,8 +18,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class GradientScale:
     """The factor that keeps small fp16 gradients from vanishing: one for all optimizers, adapted once a step.
 
-    The rule and the numbers are those of `torch.amp.GradScaler`: halved after an overflow, doubled after 2000 steps without one.
-    That class counts one update per optimizer and step, so that a phase that repeats could not use it.
+    The rule and the numbers are those of `torch.amp.GradScaler`: halved after an overflow, doubled after 2000 steps
+    without one. That class counts one update per optimizer and step, so that a phase that repeats could not use it.
     """
 
     def __init__(self, device: torch.device, initial: float = 2.0**16, interval: int = 2000) -> None:
@@ -56,7 +56,8 @@ class GradientScale:
 class Precision:
     """How a run computes.
 
-    Autocast is opened for each forward alone: a region around a loop would serve weights as they were before the update.
+    Autocast is opened for each forward alone: a region around a loop would serve weights as they were before the
+    update.
     """
 
     def __init__(self, number_format: Format, device: torch.device) -> None:

@@ -11,6 +11,19 @@ Reading = Tensor | float
 """A number that was measured: a 0-d tensor still on its device, or a float where the step had to look at it anyway."""
 
 
+@dataclass(frozen=True, slots=True)
+class TermGeometry:
+    """How the gradients of a phase's terms stand to one another at their shared cut, weights included."""
+
+    names: tuple[str, ...]
+    norms: Tensor
+    """`[number of terms]`"""
+    cosines: Tensor
+    """`[number of terms, number of terms]`"""
+    pairs: tuple[tuple[int, int], ...]
+    """the terms, i < j, whose cosine says something"""
+
+
 @dataclass(slots=True)
 class StepReport:
     """What one step measured. Tensors are detached and still on the device; of a repeated phase, the last turn's."""
@@ -25,6 +38,12 @@ class StepReport:
     """owner -> norm of each of its gradients, `[number of parameters with a gradient]`"""
     present: dict[str, list[str]] = field(default_factory=dict)
     """owner -> names of the parameters that have a gradient; filled on the steps that log modules"""
+    geometry: list[TermGeometry] = field(default_factory=list)
+    """of each phase with several terms; filled on the steps that log, from the last micro-batch"""
+    clipped: dict[str, Reading] = field(default_factory=dict)
+    """owner -> whether clipping changed its gradients: 1 or 0"""
+    clipped_norms: dict[str, Reading] = field(default_factory=dict)
+    """owner -> norm of its gradients after clipping; filled on the steps that log"""
     inactive: tuple[str, ...] = ()
     """terms that were constant on this batch and are declared `may_be_constant`"""
     updated: set[str] = field(default_factory=set)
@@ -39,6 +58,8 @@ class Frame:
 
     report: StepReport
     batch: Any = None
+    source: str = ""
+    """where the loss function is defined"""
     share: float | None = None
     """the part of the window that this micro-batch is; None without accumulation"""
     is_audited: bool = False

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from safeloop.plan import Backward, Forward, Phase, StepPlan
+from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
+from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.report import Frame, StepReport
 
 
@@ -38,6 +40,8 @@ class _BoundPhase:
     inner: tuple[Operation, ...]
     """forward and backward: once for each micro-batch"""
     after: tuple[Operation, ...]
+    closure: ClosureOperation | None = None
+    """instead of all these: an update that runs forward and backward itself"""
 
 
 class Program:
@@ -94,7 +98,9 @@ def _run_confined(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited
 def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: bool, wants_modules: bool) -> None:
     for _ in range(phase.repeat):
         frame = Frame(report, is_audited=is_audited, wants_modules=wants_modules)
-        if phase.micro_batches == 1:
+        if phase.closure is not None:
+            phase.closure(frame, [draw()] if phase.micro_batches == 1 else draw.window(phase.micro_batches))
+        elif phase.micro_batches == 1:
             frame.batch = draw()
             for operate in phase.before:
                 operate(frame)
@@ -114,9 +120,11 @@ def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: b
 
 
 def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
-    inner = [i for i, node in enumerate(phase.nodes) if isinstance(node, (Forward, Backward))]
+    closure = next((node for node in phase.nodes if isinstance(node, ClosureUpdate)), None)
+    nodes = () if closure is not None else phase.nodes
+    inner = [i for i, node in enumerate(nodes) if isinstance(node, (Forward, Backward))]
     first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
-    operations = tuple(bind(node, parts) for node in phase.nodes)
+    operations = tuple(bind(node, parts) for node in nodes)
     trained = {id(tensor) for name in phase.trains for tensor in parts.owners[name].tensors}
     others = (p for owner in parts.owners.values() for p in owner.tensors if id(p) not in trained)
     return _BoundPhase(
@@ -128,4 +136,5 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         operations[:first],
         operations[first:last],
         operations[last:],
+        None if closure is None else bind_closure(closure, parts),
     )

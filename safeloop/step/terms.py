@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,16 @@ class TermRules:
     owned: frozenset[str]
     source: str
     """where the loss function is defined"""
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    """term -> weight; those that follow a schedule are kept up to date here, for all who read them"""
     declared: Sequence[str] = ()
     constants_allowed: frozenset[str] = frozenset()
     """terms that may be constant on, or missing from, a batch"""
     trains: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    every: Mapping[str, int] = field(default_factory=dict)
+    """term -> it counts only on the steps that this divides"""
+    schedules: Mapping[str, WeightSchedule] = field(default_factory=dict)
+    """term -> its weight as a function of the step"""
 
     def view(self, returned: Mapping[str, Any], *, is_first: bool) -> TermsView:
         """What the term checks look at; a declared term can only be missed on the first step."""
@@ -43,6 +48,13 @@ class TermRules:
         )
 
 
+class WeightSchedule(Protocol):
+    """A weight that changes."""
+
+    def at(self, step: int) -> float:
+        """The weight on a step, counted from 0."""
+
+
 class TermReader:
     """Turns returned terms into roots and seeds of one backward pass."""
 
@@ -50,6 +62,19 @@ class TermReader:
         self.rules = rules
         self._weights = rules.weights
         self._seeds: dict[str, Tensor] = {}
+
+    def due(self, returned: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+        """The terms that count on this step, deferred ones computed now, in their order."""
+        every = self.rules.every
+        due = {name: term for name, term in returned.items() if step % every.get(name, 1) == 0}
+        return {name: term() if _is_deferred(term) else term for name, term in due.items()}
+
+    def weigh(self, step: int) -> None:
+        """Set the weights that follow a schedule."""
+        for name, schedule in self.rules.schedules.items():
+            self._weights[name] = schedule.at(step)
+            if name in self._seeds:
+                self._seeds[name].fill_(self._weights[name])
 
     def read(self, returned: Mapping[str, Any], frame: Frame) -> bool:
         """Fill `frame` with roots, seeds and values; False where some term is not a plain differentiable scalar."""
@@ -68,12 +93,17 @@ class TermReader:
             if name in taken:
                 continue
             tensor, weights = term if isinstance(term, tuple) else (term, None)
-            value = tensor.detach() if weights is None else (tensor.detach() * weights).sum()
+            value = term_value(term)
             if tensor.requires_grad:
                 self._take(frame, name, tensor, weights * self._weights.get(name, 1.0), value)
             else:
                 _add(frame.terms, name, value, frame.share)
                 frame.report.inactive = (*frame.report.inactive, name)
+
+    @property
+    def has_special(self) -> bool:
+        """Whether some term is not due on every step or has a weight that changes."""
+        return bool(self.rules.every or self.rules.schedules)
 
     def faults(self, returned: Mapping[str, Any], *, is_first: bool) -> list[Fault]:
         """What the term checks say of these terms, most specific first."""
@@ -91,6 +121,17 @@ class TermReader:
             weight = self._weights.get(name, 1.0)
             seed = self._seeds[name] = torch.full((), weight, dtype=term.dtype, device=term.device)
         return seed
+
+
+def term_value(term: Any) -> Tensor:
+    """The value of a checked term, 0-d: a scalar, the sum of a weighted tensor, or what a callable gives."""
+    term = term() if _is_deferred(term) else term
+    value: Tensor = (term[0].detach() * term[1]).sum() if isinstance(term, tuple) else term.detach()
+    return value
+
+
+def _is_deferred(term: Any) -> bool:
+    return callable(term) and not isinstance(term, (Tensor, nn.Module))
 
 
 def _add(values: dict[str, Tensor], name: str, value: Tensor, share: float | None) -> None:

@@ -95,7 +95,7 @@ def test_a_mistake_does_not_fit_the_schema(valid, section, value):
 def test_our_keys_are_told_apart_from_those_of_torch():
     fields = SCHEMA["$defs"]["AdamWSpec"]["properties"]
     ours = {name for name, field in fields.items() if field.get("x-from") == "safeloop"}
-    assert ours == {"params", "groups", "max_norm", "scheduler"}
+    assert ours == {"params", "groups", "max_norm", "clip_value", "agc", "scheduler"}
     assert {"lr", "betas", "weight_decay"} <= {name for name, field in fields.items() if field.get("x-from") == "torch"}
 
 

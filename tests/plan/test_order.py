@@ -12,6 +12,7 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.checks.views import Ownership
 from safeloop.faults import FaultError
+from safeloop.optim.clipping import ClipByNorm
 from safeloop.optim.owner import Owner
 from safeloop.plan import Backward, Clip, Finite, Forward, Node, Phase, StepPlan, Term, Update, Zero
 from safeloop.step import ImmediateGate, Parts, Precision, Program, TermReader, TermRules, run_step
@@ -50,7 +51,7 @@ def plain_loop() -> nn.Module:
 def run_plan(plan: StepPlan) -> nn.Module:
     model, optimizer = model_and_optimizer()
     parameters = dict(model.named_parameters())
-    owners = {"main": Owner("main", optimizer, parameters, max_norm=0.5)}
+    owners = {"main": Owner("main", optimizer, parameters, clipping=ClipByNorm(0.5))}
     ownership = Ownership(dict.fromkeys(parameters, "main"))
     reader = TermReader(TermRules(parameters, frozenset(parameters), source="here"))
     observer = StepAudit("full", FaultLedger(), model, ownership)

@@ -48,9 +48,7 @@ def test_a_window_equals_the_full_batch_with_its_shorter_last_window(sizes: list
     ours, plain = make_net(), make_net()
     spec = {"type": "SGD", "lr": 0.1, "max_norm": 0.05 if clip else None}
     run = {"max_epochs": 2}
-    Classify(
-        model=ours, data=micro, optimizers=spec, accumulate={"micro_batches": window}, run=run, log=OFF
-    ).fit()
+    Classify(model=ours, data=micro, optimizers=spec, accumulate={"micro_batches": window}, run=run, log=OFF).fit()
     result = Classify(model=plain, data=full, optimizers=spec, run=run, log=OFF).fit()
     assert result.steps == 2 * len(windows)
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
@@ -87,7 +85,9 @@ def test_tokens_weigh_what_the_user_counts() -> None:
     train(ours, micro, cls=Tokens, accumulate=weighting, run={"max_steps": 3})
     train(plain, [(x, y)], cls=Tokens, run={"max_steps": 3})
     train(by_samples, micro, cls=Tokens, accumulate={"micro_batches": 3}, run={"max_steps": 3})
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
+    )
     assert not torch.allclose(by_samples[0].weight, plain[0].weight, rtol=0, atol=1e-6), "the test can fail"
 
 
@@ -106,5 +106,7 @@ def test_a_nan_in_the_last_micro_batch_leaves_everything_unchanged() -> None:
     net = make_net()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(sl.FaultError):
-        train(net, list(zip(x.split(3), y.split(3), strict=True)), accumulate={"micro_batches": 4}, run={"max_steps": 1})
+        train(
+            net, list(zip(x.split(3), y.split(3), strict=True)), accumulate={"micro_batches": 4}, run={"max_steps": 1}
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -139,9 +139,7 @@ def test_a_config_overrides_repeat_and_every() -> None:
     optimizers = {"critic": {**ADAM, "params": ["critic.*"]}, "generator": {**ADAM, "params": "rest"}}
     phases = {"critic_phase": {"repeat": 2}, "generator_phase": {"every": 2}}
     run = {"max_steps": 4}
-    result = Watch(
-        model=make_nets(), data=real_batches(), optimizers=optimizers, phases=phases, run=run, log=OFF
-    ).fit()
+    result = Watch(model=make_nets(), data=real_batches(), optimizers=optimizers, phases=phases, run=run, log=OFF).fit()
     assert "".join(calls) == "ccgccccgcc"
     assert result.steps == 4, "a step is one pass through the plan, whatever the number of optimizers"
 

@@ -76,7 +76,7 @@ def test_fp16_has_the_bits_of_torchs_grad_scaler() -> None:
 def test_an_overflow_halves_the_scale_once_and_skips_every_owner_and_schedule() -> None:
     class Two(sl.Trainer):
         def losses(self, batch: Any) -> dict[str, Tensor]:
-            x, y = batch
+            x, _ = batch
             loud = self.model["a"](x).float().square().sum() * (1e6 if self.step == 1 else 1e-3)
             return {"a": loud, "b": self.model["b"](x).float().square().mean()}
 

@@ -88,8 +88,7 @@ class ArgumentsRefused(Check):
     ## What it does
     Builds each optimizer with its scheduler and groups, and each loss, once on tensors without storage
     (`device="meta"`), and shows torch's own message. The argument without which torch would accept the rest is
-    pointed at. LBFGS and losses with parameters of their own are refused here too: a step has one backward
-    pass, and an optimizer owns parameters of the model.
+    pointed at. Losses with parameters of their own are refused here too: an optimizer owns parameters of the model.
 
     ## Why it is bad
     Rules between arguments (`nesterov` needs `momentum`, a beta lies in [0, 1)) show only when the object is

@@ -1,0 +1,80 @@
+"""Runs an update that needs a closure: the same window for every evaluation, all or nothing for the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeloop.checks.gradients.nonfinite import NonFiniteGradient
+from safeloop.faults import FaultError
+from safeloop.plan import Backward, Finite
+from safeloop.plan.closure import ClosureUpdate
+from safeloop.step.bind import Operation, Parts, bind
+from safeloop.step.finite import ImmediateGate
+from safeloop.step.report import Frame
+
+ClosureOperation = Callable[[Frame, Sequence[Any]], None]
+
+
+def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
+    """The operation that a closure update stands for: a function of the frame of a turn and its micro-batches."""
+    owner = parts.owners[node.owner]
+    kinds = [(type(inner), _bound(inner, parts)) for inner in node.inner]
+    end = max(index for index, (kind, _) in enumerate(kinds) if kind is Backward) + 1
+    zero, per_batch, after = kinds[0][1], [run for _, run in kinds[1:end]], [run for _, run in kinds[end:]]
+    weights = next(reader.rules.weights for reader in parts.readers.values())
+
+    def update(frame: Frame, window: Sequence[Any]) -> None:
+        shares = [None] if len(window) == 1 else parts.shares(window)
+        before = [tensor.detach().clone() for tensor in owner.tensors]
+        first_terms: dict[str, Tensor] = {}
+
+        def evaluate() -> Tensor:
+            inner = Frame(frame.report, wants_modules=frame.wants_modules)
+            inner.is_audited = frame.is_audited and not first_terms
+            zero(inner)
+            for inner.batch, inner.share in zip(window, shares, strict=True):
+                for operate in per_batch:
+                    operate(inner)
+            for operate in after:
+                operate(inner)
+            if not first_terms:
+                first_terms.update(inner.terms)
+            return torch.stack([value * weights.get(name, 1.0) for name, value in inner.terms.items()]).sum()
+
+        try:
+            owner.optimizer.step(evaluate)  # type: ignore[arg-type]
+            _refuse_non_finite(owner.parameters, frame)
+        except BaseException:
+            with torch.no_grad():
+                for tensor, old in zip(owner.tensors, before, strict=True):
+                    tensor.copy_(old)
+            raise
+        frame.terms = first_terms
+        frame.report.updated.add(owner.name)
+
+    return update
+
+
+def _bound(node: Any, parts: Parts) -> Operation:
+    if isinstance(node, Finite):  # an evaluation cannot be skipped: the search would go on from half an answer
+        gate, owners = ImmediateGate(), [parts.owners[name] for name in node.owners]
+        return lambda frame: gate.check(frame, owners)
+    return bind(node, parts)
+
+
+def _refuse_non_finite(parameters: dict[str, torch.nn.Parameter], frame: Frame) -> None:
+    bad = [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]
+    if bad:
+        raise FaultError(
+            NonFiniteGradient.fault(
+                f"the update made {len(bad)} of {len(parameters)} parameters non-finite (`{bad[0]}`), and was taken back",
+                where=f"step {frame.report.step}",
+                why="without a line search, the step of LBFGS can be too long",
+                fix="set `line_search_fn: strong_wolfe`, or a smaller `lr`",
+                names=bad,
+            )
+        )
