@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -97,8 +99,14 @@ def dashboard_text(run_dir: Path) -> str:
 
     The folder served is the one that holds the run, so that other runs appear beside it.
     """
-    folder = Path(run_dir).resolve().parent
-    here = Path.cwd()
-    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    command = f"tensorboard --logdir {shlex.quote(str(shown))} --host 127.0.0.1 --port {_PORT}"
+    folder = shlex.quote(str(_shown(Path(run_dir).resolve().parent)))
+    beside = Path(sys.executable).parent / "tensorboard"
+    is_hidden = shutil.which("tensorboard") is None and beside.is_file()
+    program = shlex.quote(str(_shown(beside))) if is_hidden else "tensorboard"
+    command = f"{program} --logdir {folder} --host 127.0.0.1 --port {_PORT}"
     return f"{command}\nhttp://127.0.0.1:{_PORT}/#custom_scalars"
+
+
+def _shown(path: Path) -> Path:
+    """`path` from the current directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

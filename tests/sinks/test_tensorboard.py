@@ -264,6 +264,18 @@ def test_the_dashboard_text_serves_this_machine_only_and_opens_the_dashboard(
     assert f"--logdir '{spaced.parent}' --host 127.0.0.1" in dashboard_text(spaced)
 
 
+def test_a_tensorboard_that_is_not_on_the_path_is_shown_where_it_lies(
+    run: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "tensorboard").touch()
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    assert dashboard_text(run.dir).startswith(".venv/bin/tensorboard --logdir runs ")
+
+
 def test_neither_torch_nor_tensorboard_nor_rich_is_imported_before_a_run_opens() -> None:
     code = """
     import sys
