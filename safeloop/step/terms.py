@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from safeloop.checks.stages import term_faults
+from safeloop.checks.terms.values import TermIsNotATensor
 from safeloop.checks.views import TermsView
-from safeloop.faults import Fault
+from safeloop.faults import Fault, FaultError
 from safeloop.step.report import Frame
 
 
@@ -121,6 +122,15 @@ class TermReader:
             weight = self._weights.get(name, 1.0)
             seed = self._seeds[name] = torch.full((), weight, dtype=term.dtype, device=term.device)
         return seed
+
+
+def no_mapping(returned: object, source: str) -> FaultError:
+    """The fault of a loss function that returned something else than terms by name."""
+    return TermIsNotATensor.error(
+        f"the loss function returned a {type(returned).__name__} instead of loss terms by name",
+        where=source,
+        fix='return a dict: {"fit": loss}, or write `loss(self, batch)` for a single term',
+    )
 
 
 def term_value(term: Any) -> Tensor:

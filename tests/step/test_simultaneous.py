@@ -91,7 +91,7 @@ def test_a_term_that_does_not_say_what_it_trains_is_refused() -> None:
 def test_a_term_that_reaches_nothing_it_trains_is_refused() -> None:
     class Cut(Gan):
         def losses(self, batch: Any) -> dict[str, Tensor]:
-            real, noise = batch
+            _, noise = batch
             score = self.model.critic(self.model.generator(noise).detach())
             return {"critic": score.mean(), "generator": -score.mean()}
 
@@ -103,7 +103,7 @@ def test_a_term_that_reaches_nothing_it_trains_is_refused() -> None:
 def test_a_reentrant_checkpoint_is_refused() -> None:
     class Saves(Gan):
         def losses(self, batch: Any) -> dict[str, Tensor]:
-            real, noise = batch
+            _, noise = batch
             fake = checkpoint(self.model.generator, noise.requires_grad_(), use_reentrant=True)
             score = self.model.critic(fake)
             return {"critic": score.mean(), "generator": -score.mean()}
