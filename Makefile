@@ -53,5 +53,5 @@ $(VENV)/.examples: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.examples
 	@echo "setting up $(VENV): what tests and checks need"
-	@$(PIP) install -c constraints.txt -e '.[examples,dev]'
+	@$(PIP) install -c constraints.txt -e '.[examples,multitask,dev]'
 	@touch $@

@@ -4,83 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.checks.config.values import ArgumentsRefused
 from safeloop.checks.stages import setup_faults
-from safeloop.checks.update.closure import ClosureRefused, ObjectiveNotFixed, TokensWithoutCount
-from safeloop.checks.update.phases import OptimizerNeverTrained, PhaseTrainsNoOptimizer
+from safeloop.checks.update.closure import TokensWithoutCount
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.config.losses import WeightRamp
 from safeloop.data.move import Mover
-from safeloop.data.source import Source
+from safeloop.drafting import draft_plan, exact_every, first_weights
 from safeloop.evaluation import preserved
 from safeloop.faults import Fault
+from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.optim.averaging import Average
 from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
-from safeloop.plan import OwnerFacts, PhaseFacts, StepFacts, StepPlan, Term, build_plan
+from safeloop.plan import StepPlan
+from safeloop.refusals import closure_faults, refuse_epochs, untrained
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
 from safeloop.step.bind import equal_shares
+from safeloop.step.custom import custom_plan
 from safeloop.stream import Stream
 
 if TYPE_CHECKING:
     from safeloop.config import Loaded
     from safeloop.config.run import RunConfig
 
-Losses = Callable[[Any], Mapping[str, Any]]
-
-_RESTLESS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 MAX_OVERFLOWS = 30
 """fp16 only: so many overflows in a row bring the gradient scale from 65536 below 1e-4: something else is wrong"""
-
-
-@dataclass(frozen=True)
-class PhaseMethod:
-    """A loss function of the user's, and which owners it trains when."""
-
-    name: str
-    losses: Losses
-    source: str
-    """where it is defined"""
-    terms: Sequence[str]
-    """loss terms that are known beforehand"""
-    is_open: bool
-    """whether it may return further terms"""
-    trains: Sequence[str] | None = None
-    """names of owners; None: all"""
-    repeat: int = 1
-    every: int = 1
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """What the user brings: objects and methods, whether from code or from a config."""
-
-    loaded: Loaded
-    model: nn.Module
-    data: Source
-    phases: Sequence[PhaseMethod]
-    count: Callable[[Any], int]
-    """samples in a micro-batch"""
-    count_tokens: Callable[[Any], int] | None = None
-    """tokens in a micro-batch; None: the user does not say"""
-    optimizers: Mapping[str, Optimizer] | None = None
-    """ready optimizers; None: the config's are built"""
-
-    @property
-    def config(self) -> RunConfig:
-        """The validated config."""
-        return self.loaded.config
 
 
 @dataclass(frozen=True)
@@ -119,6 +76,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
             parameter.requires_grad_(False)
     owners = _owners(given, ownership)
     ledger.add(untrained(given.phases, list(owners)))
+    refuse_epochs(given, owners)
     ledger.add(closure_faults(given, owners))
     if config.accumulate.weight_by == "tokens" and given.count_tokens is None:
         raise given.loaded.error(
@@ -129,9 +87,11 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         )
     precision = Precision(config.run.precision, device)
     gate = _gate(config, owners, device, precision)
-    plan = _plan(given, owners, ownership, gate, precision)
+    plan = draft_plan(given, owners, ownership, gate, precision)
+    if given.custom is not None:
+        plan = custom_plan(plan, tuple(owners))
     average = None if config.average is None else Average(config.average, model)
-    weights = _weights(config)
+    weights = first_weights(config)
     readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
@@ -146,6 +106,11 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         "loss_at_cut" in config.log.grad_norms,
         shares_by(given),
         average,
+        stream.count_epochs,
+        exact_every=exact_every(config),
+        custom=given.custom,
+        combine=config.combine,
+        seed=config.run.seed,
     )
     program = Program(plan, parts)
     return Assembly(device, stream, owners, ownership, plan, program, gate, readers, precision, weights, average)
@@ -200,12 +165,12 @@ def _owners(given: Ingredients, ownership: Ownership) -> dict[str, Owner]:
     for name, spec in (given.config.optimizers or {}).items():
         owned = {full: parameters[full] for full, owner in ownership.owner_of.items() if owner == name}
         try:
-            owners[name] = build_owner(name, spec, owned, given.model)
+            owners[name] = build_owner(name, spec, owned, given.model, given.loaded.allow)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ArgumentsRefused.error(
                 f"torch refuses `optimizers.{name}`: {error}",
                 where=given.loaded.where(f"optimizers.{name}"),
-                fix=f"change the arguments of `optimizers.{name}` (type {spec.type})",
+                fix=f"change the arguments of `optimizers.{name}` ({spec.label})",
             ) from error
     return owners
 
@@ -221,70 +186,6 @@ def _gate(
     if device.type == "cuda" and wanted.policy == "raise" and can_wait:
         return DeferredGate(owners.values(), device)
     return ImmediateGate(policy=wanted.policy, max_consecutive=wanted.max_consecutive)
-
-
-def _plan(
-    given: Ingredients,
-    owners: Mapping[str, Owner],
-    ownership: Ownership,
-    gate: ImmediateGate | DeferredGate,
-    precision: Precision,
-) -> StepPlan:
-    losses = given.config.losses
-    weights = _weights(given.config)
-    accumulate = given.config.accumulate
-    phases = [
-        PhaseFacts(
-            phase.name,
-            tuple(owners) if phase.trains is None else tuple(phase.trains),
-            tuple(Term(name, weights.get(name, 1.0)) for name in phase.terms),
-            phase.is_open,
-            phase.repeat,
-            phase.every,
-            tuple(tuple(losses[name].trains or ()) for name in phase.terms) if given.config.simultaneous else None,
-        )
-        for phase in given.phases
-    ]
-    return build_plan(
-        [
-            OwnerFacts(n, owner.kind, owner.limit, owner.schedule, _note(owner), owner.evaluations)
-            for n, owner in owners.items()
-        ],
-        phases,
-        StepFacts(
-            gate.policy,
-            gate.is_deferred,
-            precision.scale is not None,
-            accumulate.micro_batches,
-            accumulate.weight_by,
-            None if given.config.average is None else str(given.config.average),
-        ),
-        parameters=_parameter_lines(given.model, owners, ownership),
-    )
-
-
-def _note(owner: Owner) -> str:
-    groups = len(owner.optimizer.param_groups)
-    return f"{groups} param groups" if groups > 1 else ""
-
-
-def _parameter_lines(model: nn.Module, owners: Mapping[str, Owner], ownership: Ownership) -> list[str]:
-    lines = []
-    for name, owner in owners.items():
-        values = sum(tensor.numel() for tensor in owner.tensors)
-        lines.append(f"{name}: {len(owner.tensors)} tensors, {values:,} values")
-    if ownership.frozen:
-        lines.append(f"frozen: {_few(ownership.frozen)}")
-    lines += [f"tied: {name} = {', '.join(others)}" for name, others in ownership.tied.items()]
-    return lines
-
-
-def _few(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _weights(config: RunConfig) -> dict[str, float]:
-    return {name: section.first_weight for name, section in config.losses.items()}
 
 
 def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], weights: dict[str, float]) -> TermRules:
@@ -303,69 +204,3 @@ def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], 
         every={name: section.every for name, section in losses.items() if section.every > 1},
         schedules={name: s.weight for name, s in losses.items() if isinstance(s.weight, WeightRamp)},
     )
-
-
-def closure_faults(given: Ingredients, owners: Mapping[str, Owner]) -> list[Fault]:
-    """What is wrong around optimizers that need a closure."""
-    faults = []
-    for name in [name for name, owner in owners.items() if owner.needs_closure]:
-        where = given.loaded.where(f"optimizers.{name}") or f"optimizers.{name}"
-        phases = [phase for phase in given.phases if phase.trains is None or name in phase.trains]
-        reasons = [
-            (
-                len(phase.trains or owners) > 1,
-                f"phase `{phase.name}` trains other optimizers beside it",
-                "give it a phase of its own",
-            )
-            for phase in phases
-        ]
-        reasons += [(phase.repeat > 1, f"phase `{phase.name}` repeats", "set its `repeat` to 1") for phase in phases]
-        reasons.append((owners[name].clipping is not None, "its gradients are clipped", "take the clipping out"))
-        reasons.append(
-            (given.config.run.precision == "fp16", "the run is in fp16", "use `run.precision: bf16` or fp32")
-        )
-        for is_so, what, fix in reasons:
-            if is_so:
-                faults.append(
-                    ClosureRefused.fault(f"`{name}` is LBFGS, and {what}", where=where, fix=fix, names=[name])
-                )
-        restless = [n for n, m in given.model.named_modules() if m.training and isinstance(m, _RESTLESS)]
-        if restless:
-            faults.append(
-                ObjectiveNotFixed.fault(
-                    f"`{name}` is LBFGS, and these modules change its loss between evaluations: {_few(restless)}",
-                    where=where,
-                    fix="take them out, put them into eval mode, or train with another optimizer",
-                    names=restless,
-                )
-            )
-    return faults
-
-
-def untrained(phases: Sequence[PhaseMethod], owners: Sequence[str]) -> list[Fault]:
-    """Phases that train what is no optimizer, and optimizers that no phase trains."""
-    faults = []
-    for phase in phases:
-        if strangers := [name for name in phase.trains or () if name not in owners]:
-            near = get_close_matches(strangers[0], owners, 1)
-            faults.append(
-                PhaseTrainsNoOptimizer.fault(
-                    f"phase `{phase.name}` trains `{strangers[0]}`; the optimizers are {', '.join(owners)}",
-                    where=phase.source,
-                    fix=(f"did you mean `{near[0]}`? " if near else "")
-                    + "name optimizers of the `optimizers:` section",
-                    names=strangers,
-                )
-            )
-    trained = {name for phase in phases for name in (owners if phase.trains is None else phase.trains)}
-    if idle := [name for name in owners if name not in trained]:
-        faults.append(
-            OptimizerNeverTrained.fault(
-                f"no phase trains `{idle[0]}`",
-                where=f"optimizers.{idle[0]}",
-                why="its parameters would keep their initial values for ever",
-                fix=f"add `{idle[0]}` to the `trains` of a phase, or list its parameters under `frozen:`",
-                names=idle,
-            )
-        )
-    return faults

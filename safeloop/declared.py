@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,12 @@ class Declared:
         self._model_inputs = loaded.config.model.inputs if loaded.config.model is not None else None
         self._where = {name: loaded.where(f"{section}.{name}.inputs") for name in functions}
         self._model_where = loaded.where("model.inputs")
+
+    def only(self, names: Sequence[str]) -> Declared:
+        """The same, of some of the functions."""
+        chosen = copy.copy(self)
+        chosen.functions = {name: self.functions[name] for name in names}
+        return chosen
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """Run the model on a batch, and every function on what its paths lead to."""

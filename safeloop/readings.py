@@ -43,6 +43,7 @@ class Readings:
     skipped_total: int = 0
     _tallies: dict[str, _Tally] = field(default_factory=dict)
     _inactive: dict[str, int] = field(default_factory=dict)
+    _exact: dict[str, Tensor] = field(default_factory=dict)
     _steps: int = 0
     _samples: int = 0
     _seconds: float = 0.0
@@ -62,6 +63,7 @@ class Readings:
         """Take in one step; nothing is moved from the device."""
         self._steps += 1
         self.skipped_total += report.num_skipped
+        self._exact |= report.exact_norms
         for name in report.inactive:
             self._inactive[name] = self._inactive.get(name, 0) + 1
         for name, norm in report.norms.items():
@@ -81,15 +83,16 @@ class Readings:
             if self.owners[name].clipping is not None:
                 readings[f"grad/{name}/clip_fraction"] = tally.clipped / max(1, self._steps)
         readings |= {f"grad/{name}/post_clip": norm for name, norm in report.clipped_norms.items()}
-        readings |= _geometry(report)
+        readings |= _geometry(report) | {f"loss_grad_exact/{name}": norm for name, norm in self._exact.items()}
         modules, norms = _module_norms(report) if "module" in self.kinds else ([], None)
         numbers, module_numbers = _to_host(readings, norms)
         scalars = self._losses(numbers, report) | self._gradients(numbers) | self._rates() | self._pace()
-        scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad/", "loss_cos/"))}
+        scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad", "loss_cos/"))}
         scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
         scalars |= {f"safety/inactive/{name}": count / self._steps for name, count in self._inactive.items()}
         scalars["safety/skipped_total"] = float(self.skipped_total)
-        self._tallies, self._inactive, self._steps, self._samples, self._seconds = {}, {}, 0, 0, 0.0
+        self._tallies, self._inactive, self._exact = {}, {}, {}
+        self._steps, self._samples, self._seconds = 0, 0, 0.0
         return scalars
 
     def _losses(self, numbers: Mapping[str, float], report: StepReport) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from safeloop.data.source import Source
@@ -35,6 +36,7 @@ class Stream:
         self._max_epochs = max_epochs
         self._batches = self._all()
         self._peeked: list[Any] = []
+        self._num_drawn = 0
 
     def num_steps(self, max_steps: int | None) -> int | None:
         """How many steps a run of at most `max_steps` takes; None where nobody can know."""
@@ -47,7 +49,7 @@ class Stream:
     def __call__(self) -> Any:
         """The next micro-batch; `DataEnded` after the last."""
         if self._peeked:
-            batch = self._peeked.pop()
+            batch = self._peeked.pop(0)
         else:
             batch = next(self._batches, self)
             if batch is self:
@@ -69,6 +71,17 @@ class Stream:
             batches.append(self())
         return batches
 
+    def count_epochs(self) -> int:
+        """How many epochs are over, the present one included if its last micro-batch is drawn.
+
+        Where the number of micro-batches is not known, the next one is drawn ahead: only it can tell.
+        """
+        if self._source.num_batches is None:
+            with suppress(DataEnded):
+                self.peek()
+        is_last = not self._peeked and self._num_drawn == self._source.num_batches
+        return self.epoch + is_last
+
     def peek(self) -> Any:
         """The micro-batch that the next call will give."""
         if not self._peeked:
@@ -77,10 +90,17 @@ class Stream:
             self._peeked.append(batch)
         return self._peeked[0]
 
+    def put_back(self, batches: list[Any]) -> None:
+        """Let micro-batches that were just drawn come again, in their order."""
+        self._peeked[:0] = batches
+        self.num_samples -= sum(self._count(batch) for batch in batches)
+
     def _all(self) -> Iterator[Any]:
         while self._max_epochs is None or self.epoch < self._max_epochs:
             for batch in self._source.epoch(self.epoch):
+                self._num_drawn += 1
                 yield self._move(batch)
             self.epoch += 1
+            self._num_drawn = 0
             if self._source.is_one_shot:
                 return

@@ -50,8 +50,12 @@ class TargetSpec(Component):
         cls = self.resolve(base, allow)
         for _, fault in argument_faults(cls, self.args):
             raise TargetArguments.error(fault.what, fix=fault.fix)
-        args = _built(self.args, allow)
+        args = self.built_args(allow)
         return cls(*args) if isinstance(args, list) else cls(**args)
+
+    def built_args(self, allow: Collection[str]) -> Any:
+        """The arguments, with nested targets built."""
+        return _built(self.args, allow)
 
 
 def nested_target(value: Any) -> TargetSpec | None:

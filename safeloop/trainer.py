@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safeloop.assembly import Assembly, Ingredients, PhaseMethod, assemble, probe
+from safeloop.accumulation import AccumulationReport, compare_accumulation
+from safeloop.assembly import Assembly, assemble, probe
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
 from safeloop.checks.config.run import LossAndLosses, NoLoss
@@ -21,19 +23,25 @@ from safeloop.checks.config.training import AverageNeverTaken
 from safeloop.checks.data.source import DataEndedEarly
 from safeloop.checks.source import where_defined
 from safeloop.checks.terms.kinds import TermIsNotFinite
+from safeloop.checks.update.custom import CustomStepRefused
 from safeloop.checks.views import GradientsView
 from safeloop.config import Loaded, load
 from safeloop.data.count import count
-from safeloop.data.move import Mover, resolve_device
+from safeloop.data.move import resolve_device
+from safeloop.data.source import Source
 from safeloop.declared import declared_losses, declared_metrics
-from safeloop.evaluation import evaluate, wants_grad
-from safeloop.evaluation.stand_in import standing_in
+from safeloop.evaluation import preserved
+from safeloop.evaluator import Evaluator
 from safeloop.faults import Fault, FaultError
-from safeloop.phases import PhaseMark, phases_of
-from safeloop.plan import StepPlan
+from safeloop.ingredients import Ingredients, PhaseMethod
+from safeloop.methods import phase_methods
+from safeloop.phases import phases_of
+from safeloop.plan import Node, StepPlan
 from safeloop.recorder import Recorder
-from safeloop.seeds import derive, seed_everything
+from safeloop.seeds import seed_everything
 from safeloop.step import run_step
+from safeloop.step.compiling import compile_model
+from safeloop.step.custom import Operations, custom_plan, refuse_accumulation
 from safeloop.step.terms import term_value
 from safeloop.stream import DataEnded
 
@@ -61,15 +69,13 @@ class Trainer:
     Args:
         config: a YAML file, or what `safeloop.config.load` made of one.
         model: a module, used as it is; or the config section.
-        data: a Dataset (a loader is built), a DataLoader or any iterable of ready micro-batches; or the config
-        section, whose
-            `train` and `eval` may be such objects too.
+        data: a Dataset (a loader is built), a DataLoader or any iterable of ready micro-batches; or the config section,
+            whose `train` and `eval` may be such objects too.
         eval_data: the same for evaluation.
         optimizers: one spec, several by name, or ready `torch.optim` objects, which are never edited.
         overrides: `a.b=c` strings, as on the command line.
         allow_modules: further module prefixes that `target:` may name.
-        sections: any other section of the config (`run`, `losses`, `log`, ...) as a dict or a model; wins over the
-        file.
+        sections: any other section of the config (`run`, `losses`, ...) as a dict or a model; wins over the file.
 
     Raises:
         ConfigError: SL1, all mistakes of the config at once.
@@ -87,14 +93,15 @@ class Trainer:
         allow_modules: Sequence[str] = (),
         **sections: Any,
     ) -> None:
-        marks = self._marks = phases_of(type(self))
-        written = [name for name in ("loss", "losses") if _is_overridden(self, name)] + list(marks)[:1]
+        marks = phases_of(type(self))
+        written = [n for n in ("loss", "losses", "custom_step") if self._overrides(n)] + list(marks)[:1]
         if len(written) > 1:
             raise LossAndLosses.error(
                 f"{type(self).__name__} defines both `{written[0]}` and `{written[1]}`",
                 where=where_defined(getattr(type(self), written[1])),
                 fix="keep one: `loss` for a single term, `losses` for a dict of terms, `@phase` methods for phases",
             )
+        self._is_custom = written == ["custom_step"]
         brought, sections = bring(model=model, data=data, eval_data=eval_data, optimizers=optimizers, sections=sections)
         given = {*brought.names, "trainer", *(["losses"] if written else [])}
         self.loaded = (
@@ -114,13 +121,13 @@ class Trainer:
             seed_everything(self.config.run.seed)
         self.model: nn.Module = brought.build_model(self.loaded)
         self._train_data = brought.train_source(self.loaded)
-        self._eval_data = brought.eval_source(self.loaded)
         self._losses = None if written else declared_losses(self.loaded, lambda: self.model, self.device)
         self._metrics = declared_metrics(self.loaded, lambda: self.model, self.device)
-        self._has_metrics = _is_overridden(self, "metrics") or bool(self._metrics.functions)
-        wants_loss = self.config.evaluate.loss
-        self._evaluates_loss = not self._has_metrics if wants_loss is None else wants_loss
+        self._evaluator = self._make_evaluator(brought.eval_source(self.loaded))
+        if self._is_custom:
+            refuse_accumulation(self.config.accumulate.micro_batches)
         self._assembly: Assembly | None = None
+        self._record: list[Node] | None = None
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -146,6 +153,14 @@ class Trainer:
         """The loss terms of one micro-batch by name, each a 0-d tensor, or `(tensor, weights)` of one shape."""
         return {"loss": self.loss(batch)} if self._losses is None else self._losses(batch)
 
+    def custom_step(self, ops: Operations, batch: Any) -> None:
+        """A step by hand, for what no plan can say: in place of `loss`, `losses` and phases.
+
+        `ops.zero`, `ops.backward`, `ops.update` and `ops.draw` are recorded and obey the rules of a plan; schedules and
+        the gradient scale follow at the end of the step.
+        """
+        raise self._no_loss()
+
     def metrics(self, batch: Any) -> Mapping[str, Any]:
         """What is measured on one evaluation micro-batch, by name, without gradients and in eval mode.
 
@@ -165,7 +180,8 @@ class Trainer:
     def plan(self) -> StepPlan:
         """The step plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
         self.check()
-        return self._assembled().plan
+        plan = self._assembled().plan
+        return plan if self._record is None else custom_plan(plan, tuple(self._assembled().owners), self._record)
 
     def check(self) -> list[Fault]:
         """Set up, run one forward on the first micro-batch, and check its terms; nothing is trained.
@@ -174,12 +190,27 @@ class Trainer:
             FaultError: the first error, with all others.
         """
         assembly = self._assembled()
-        for phase, returned in probe(self._ingredients(), assembly.stream).items():
+        for phase, returned in self._probe(assembly).items():
             reader = assembly.readers[phase]
             self._ledger.add(reader.faults(reader.due(returned, 0), is_first=True))
             values = {name: term_value(term) for name, term in returned.items()}
             self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
         return list(self.faults)
+
+    def check_accumulation(self) -> AccumulationReport:
+        """Compare the gradients of the first window with those of one big batch; nothing is trained.
+
+        A difference is a fault of the report, and of `faults`; what `audit.accept` accepts is none.
+
+        Raises:
+            FaultError: SL614, there is nothing to compare; or what `check` raises.
+        """
+        self.check()
+        report = compare_accumulation(self._ingredients(), self._assembled())
+        faults = tuple(fault for fault in report.faults if not self._ledger.accepts(fault))
+        if faults:
+            self._ledger.raised(FaultError(faults[0], faults[1:]), self.step)
+        return replace(report, faults=faults)
 
     def fit(self) -> RunResult:
         """Train as the config says.
@@ -189,6 +220,8 @@ class Trainer:
         """
         started = time.perf_counter()
         assembly = self._assembled()
+        if (backend := self.config.run.compile_backend) is not None:
+            compile_model(self.model, backend, lambda: self._probe(assembly))
         seed_everything(self.config.run.seed)
         recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
         outcome = "failed"
@@ -211,7 +244,7 @@ class Trainer:
 
     def _loop(self, run: Assembly, recorder: Recorder) -> tuple[str, dict[str, float]]:
         every, max_steps = self.config.log.every, self.config.run.max_steps
-        evaluate_every = self.config.evaluate.every if self._eval_data is not None else None
+        evaluator, evaluate_every = self._evaluator, self.config.evaluate.every
         program, stream, readings = run.program, run.stream, recorder.readings
         metrics: dict[str, float] = {}
         last_evaluated = -1
@@ -224,19 +257,19 @@ class Trainer:
                 break
             readings.add(report)
             self.step += 1
-            wants_metrics = evaluate_every is not None and self.step % evaluate_every == 0
+            wants_metrics = evaluator and evaluate_every and self.step % evaluate_every == 0
             if not is_due and not wants_metrics:
                 recorder.progress(self.step)
                 continue
             readings.pause(stream.num_samples)
             if is_due:
                 recorder.log(report, stream.epoch)
-            if wants_metrics:
-                metrics, last_evaluated = self._evaluate(recorder), self.step
+            if evaluator is not None and wants_metrics:
+                metrics, last_evaluated = evaluator(run, recorder), self.step
             readings.resume(stream.num_samples)
         run.gate.finish()
-        if self._eval_data is not None and last_evaluated != self.step:
-            metrics = self._evaluate(recorder)
+        if evaluator is not None and last_evaluated != self.step:
+            metrics = evaluator(run, recorder)
         return self._outcome(), metrics
 
     def _outcome(self) -> str:
@@ -250,35 +283,8 @@ class Trainer:
         self._ledger.add([_ended_early(self.step, max_steps)], self.step)
         return "data ended"
 
-    def _evaluate(self, recorder: Recorder) -> dict[str, float]:
-        assert self._eval_data is not None
-        move = Mover(self.device)
-        precision = self._assembled().precision
-
-        def measure(batch: Any) -> dict[str, Any]:
-            with precision.autocast():
-                return self._measure(batch)
-
-        with standing_in(self, self.averaged_model):
-            metrics = evaluate(
-                measure,
-                self.model,
-                (move(batch) for batch in self._eval_data.epoch(0)),
-                count=self.count,
-                wants_grad=wants_grad(self.metrics),
-                seed=derive(self.config.run.seed, "evaluate"),
-                where=where_defined(type(self).metrics),
-            )
-        recorder.evaluated(self.step, self.epoch, metrics)
-        return metrics
-
-    def _measure(self, batch: Any) -> dict[str, Any]:
-        measured = self.metrics(batch) if self._has_metrics else {}
-        if not self._evaluates_loss or not isinstance(measured, Mapping):
-            return measured  # type: ignore[return-value]
-        weights = self._assembled().weights
-        terms = {name: term for phase in self._phases() for name, term in phase.losses(batch).items()}
-        return {"loss/eval": sum(weights.get(name, 1.0) * term_value(term) for name, term in terms.items()), **measured}
+    def _all_losses(self, batch: Any) -> dict[str, Any]:
+        return {name: term for phase in self._phases() for name, term in phase.losses(batch).items()}
 
     def _assembled(self) -> Assembly:
         if self._assembly is None:
@@ -301,30 +307,44 @@ class Trainer:
             data=self._train_data,
             phases=self._phases(),
             count=self.count,
-            count_tokens=self.count_tokens if _is_overridden(self, "count_tokens") else None,
+            count_tokens=self.count_tokens if self._overrides("count_tokens") else None,
             optimizers=self._brought.optimizers,
+            custom=self.custom_step if self._is_custom else None,
+        )
+
+    def _probe(self, assembly: Assembly) -> Mapping[str, Mapping[str, Any]]:
+        """What each phase returns for the first micro-batch; a custom step is rehearsed and returns nothing."""
+        if assembly.program.custom is None:
+            return probe(self._ingredients(), assembly.stream)
+        with preserved(self.model), torch.enable_grad():
+            self._record = assembly.program.custom.rehearse(assembly.stream.peek(), self.model)
+        return {}
+
+    def _no_terms(self, batch: Any) -> Mapping[str, Any]:
+        raise CustomStepRefused.error(
+            "a custom step has no loss function that could be called apart from it",
+            where=where_defined(type(self).custom_step),
+            fix="give lazy parameters their shapes by one call of the model before, and leave `evaluate.loss` off",
         )
 
     def _phases(self) -> list[PhaseMethod]:
-        if self._marks:
-            return [self._marked_phase(name, mark) for name, mark in self._marks.items()]
-        is_single = _is_overridden(self, "loss")
-        source = where_defined(type(self).loss if is_single else type(self).losses)
-        terms = ["loss"] if is_single else list(self.config.losses)
-        return [PhaseMethod("train", self.losses, source, terms, not is_single and self._losses is None)]
+        if self._is_custom:
+            source = where_defined(type(self).custom_step)
+            return [PhaseMethod("custom_step", self._no_terms, source, list(self.config.losses), True)]
+        return phase_methods(self, self._losses, is_single=self._overrides("loss"))
 
-    def _marked_phase(self, name: str, mark: PhaseMark) -> PhaseMethod:
-        section = self.config.phases.get(name)
-        return PhaseMethod(
-            name,
-            getattr(self, name),
-            where_defined(getattr(type(self), name)),
-            terms=(),
-            is_open=True,
-            trains=(section and section.trains) or mark.trains,
-            repeat=(section and section.repeat) or mark.repeat,
-            every=(section and section.every) or mark.every,
-        )
+    def _make_evaluator(self, data: Source | None) -> Evaluator | None:
+        if data is None:
+            return None
+        has_metrics = self._overrides("metrics") or bool(self._metrics.functions)
+        wants_loss = self.config.evaluate.loss
+        watched = {getattr(spec.scheduler, "metric", None) for spec in (self.config.optimizers or {}).values()}
+        if wants_loss is None:
+            wants_loss = not self._is_custom and (not has_metrics or "loss/eval" in watched)
+        return Evaluator(self, data, has_metrics=has_metrics, losses=self._all_losses if wants_loss else None)
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Trainer, method)
 
 
 def trainer_class(loaded: Loaded) -> type[Trainer]:
@@ -340,10 +360,6 @@ def trainer_class(loaded: Loaded) -> type[Trainer]:
         return target.resolve(Trainer, loaded.allow)
     except FaultError as error:
         raise loaded.error(TargetOfWrongClass, "trainer.target", error.fault.what, fix=error.fault.fix) from error
-
-
-def _is_overridden(trainer: Trainer, method: str) -> bool:
-    return getattr(type(trainer), method) is not getattr(Trainer, method)
 
 
 def _never_averaged(steps: int) -> Fault:

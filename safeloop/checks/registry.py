@@ -28,6 +28,9 @@ FILES: dict[str, str] = {
     "SL119": "config/run.py",  # BadInputPath
     "SL120": "config/training.py",  # ClippedTwice
     "SL121": "config/training.py",  # AverageNeverTaken
+    "SL122": "config/training.py",  # ScheduleNeverMoves
+    "SL130": "config/combine.py",  # PackageMissing
+    "SL131": "config/combine.py",  # CombineRefused
     # SL2: parameters and ownership
     "SL201": "setup/ownership.py",  # UnownedParameter
     "SL202": "setup/ownership.py",  # ParameterOwnedTwice
@@ -71,6 +74,13 @@ FILES: dict[str, str] = {
     "SL610": "update/closure.py",  # ClosureRefused
     "SL611": "update/closure.py",  # ObjectiveNotFixed (warning)
     "SL612": "update/closure.py",  # TokensWithoutCount
+    "SL613": "update/accumulation.py",  # AccumulationDiffers
+    "SL614": "update/accumulation.py",  # NothingToCompare
+    "SL615": "setup/compiling.py",  # CompileRefused
+    "SL616": "update/custom.py",  # CustomStepRefused
+    "SL620": "update/combine.py",  # TermsShareNoFeatures
+    "SL621": "update/combine.py",  # CombinationFailed
+    "SL622": "update/combine.py",  # TermsInseparable
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     # SL85: data and environment

@@ -10,6 +10,7 @@ from rich.text import Text
 from safeloop.cli.ending import endings
 from safeloop.cli.options import AllowModule, Config, Overrides, load_config
 from safeloop.cli.terminal import err, out, summary
+from safeloop.faults import FaultError
 
 
 def check(
@@ -18,6 +19,10 @@ def check(
     allow_module: AllowModule = None,
     show_origin: Annotated[
         bool, typer.Option("--show-origin", help="Print each value and where it comes from.")
+    ] = False,
+    accumulation: Annotated[
+        bool,
+        typer.Option("--accumulation", help="Compare gradients of the first window with those of one big batch."),
     ] = False,
 ) -> None:
     """Validate the config, build the run and probe it on one batch, without training."""
@@ -29,7 +34,13 @@ def check(
             out(origin_text(loaded))
         from safeloop.trainer import trainer_class
 
-        faults = trainer_class(loaded)(loaded).check()
+        trainer = trainer_class(loaded)(loaded)
+        faults = trainer.check()
         if faults:
             err("\n\n".join(map(str, faults)))
+        if accumulation:
+            report = trainer.check_accumulation()
+            out(str(report))
+            if report.faults:
+                raise FaultError(report.faults[0], report.faults[1:])
         out(Text.assemble(("ok", "bold green"), f"  {config}", f"  (warnings: {summary(faults)})" if faults else ""))

@@ -89,12 +89,12 @@ def _is_another(base: Node, over: Node) -> bool:
 
 
 def _is_nameless(section: Node) -> bool:
-    kind = section.child("type")
-    return kind is not None and not isinstance(kind.value, dict)
+    kinds = [section.child("type"), section.child("target")]
+    return any(kind is not None and not isinstance(kind.value, dict) for kind in kinds)
 
 
 def _is_named(key: str, node: Node) -> bool:
-    return key == "main" or (key != "scheduler" and isinstance(node.value, dict) and _is_nameless(node))
+    return key == "main" or (key not in ("scheduler", "args") and isinstance(node.value, dict) and _is_nameless(node))
 
 
 def _is_main_alone(base: Node | None) -> bool:

@@ -77,6 +77,18 @@ class Node:
             yield from node.walk((*path, part))
 
 
+def is_set(section: Node, key: str) -> bool:
+    """Whether a section has a key whose value is not null."""
+    node = section.child(key)
+    return node is not None and node.value is not None
+
+
+def number(node: Node | None) -> float | None:
+    """The number that is written there, or None."""
+    is_number = node is not None and isinstance(node.value, (int, float)) and not isinstance(node.value, bool)
+    return node.value if is_number and node is not None else None
+
+
 def dotted(path: Path) -> str:
     """The path as a person writes it: `optimizers.main.lr`."""
     return ".".join(str(part) for part in path)

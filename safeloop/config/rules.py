@@ -5,28 +5,31 @@ Every rule looks at the written tree, so that it speaks even where something els
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from torch import nn
+from torch.optim import LBFGS, Optimizer
 from torch.utils.data import Dataset
 
 from safeloop.checks.config.keys import MissingKey
 from safeloop.checks.config.run import NoLoss
-from safeloop.checks.config.training import AverageNeverTaken, ClippedTwice
+from safeloop.checks.config.target import TargetArguments
 from safeloop.checks.config.values import ArgumentsRefused, SuspiciousValue
+from safeloop.config.combine import combine_problems
 from safeloop.config.errors import Problem
 from safeloop.config.losses import LOSSES, dry_construct_loss
-from safeloop.config.nodes import Node, Path, dotted
+from safeloop.config.nodes import Node, Path, dotted, is_set, number
+from safeloop.config.training import training_problems
 from safeloop.faults import FaultError
 from safeloop.optim.specs import OPTIMIZERS, dry_construct
 from safeloop.signatures import Refusal
 from safeloop.target import argument_faults, nested_target, resolve_target
 
 LARGE_LR = 10.0
-CLIPPINGS = ("max_norm", "clip_value", "agc")
 
 
 class _Updating(type):
@@ -43,6 +46,7 @@ SLOTS: dict[Path, tuple[Any, ...]] = {
     ("model",): (nn.Module,),
     ("data", "train"): (Dataset, Iterable),
     ("data", "eval"): (Dataset, Iterable),
+    ("optimizers", "*"): (Optimizer,),
     ("losses", "*"): (Callable,),
     ("metrics", "*"): (Callable, Updating),
 }
@@ -55,19 +59,18 @@ def problems_of(root: Node, allow: Collection[str], given: Collection[str]) -> I
     yield from _losses(root, given)
     yield from _targets(root, allow)
     yield from _refused(root)
-    yield from _clippings(root)
-    yield from _never_averaged(root)
-    yield from _too_short(root)
+    yield from training_problems(root, given)
+    yield from combine_problems(root)
 
 
 def warnings_of(root: Node) -> Iterator[Problem]:
     """Everything that is possible but rarely meant."""
     steps = root.find(("run", "max_steps"))
-    if steps is not None and _number(steps) == 0:
+    if steps is not None and number(steps) == 0:
         yield _suspicious(steps, ("run", "max_steps"), "0: nothing is trained", "write the number of steps")
     for path, node in root.walk():
         if path[:1] == ("optimizers",) and path[-1] == "lr" and _is_own(path):
-            value = _number(node)
+            value = number(node)
             if value == 0:
                 yield _suspicious(
                     node, path, "0: these parameters never move", "to keep them still, list them under `frozen`"
@@ -81,11 +84,6 @@ def _is_own(path: Path) -> bool:
     return len(path) == 3 or (len(path) == 5 and path[2] == "groups")
 
 
-def _number(node: Node) -> float | None:
-    is_number = isinstance(node.value, (int, float)) and not isinstance(node.value, bool)
-    return node.value if is_number else None
-
-
 def _suspicious(node: Node, path: Path, what: str, fix: str) -> Problem:
     return Problem(SuspiciousValue.fault(f"{path[-1]} is {what}", fix=fix), node.at, dotted(path))
 
@@ -93,7 +91,7 @@ def _suspicious(node: Node, path: Path, what: str, fix: str) -> Problem:
 def _missing(root: Node, given: Collection[str]) -> Iterator[Problem]:
     run = root.child("run")
     if run is None or (
-        isinstance(run.value, dict) and not any(_is_set(run, key) for key in ("max_steps", "max_epochs"))
+        isinstance(run.value, dict) and not any(is_set(run, key) for key in ("max_steps", "max_epochs"))
     ):
         place = (run.key or run.at) if run is not None else root.at
         fix = "add `max_steps: 1000` or `max_epochs: 10` to `run`"
@@ -125,13 +123,8 @@ def _is_written(root: Node, path: Path) -> bool:
     return True
 
 
-def _is_set(section: Node, key: str) -> bool:
-    node = section.child(key)
-    return node is not None and node.value is not None
-
-
 def _losses(root: Node, given: Collection[str]) -> Iterator[Problem]:
-    if "trainer" in given or "losses" in given or _is_set(root, "trainer"):
+    if "trainer" in given or "losses" in given or is_set(root, "trainer"):
         return
     section = root.child("losses")
     if section is None or section.value in (None, {}):
@@ -172,6 +165,14 @@ def _target(root: Node, path: Path, bases: tuple[Any, ...], allow: Collection[st
     else:
         plain = args.plain() if args is not None else {}
         is_built = path != ("trainer",) and isinstance(plain, (dict, list))
+        if path[0] == "optimizers" and len(path) == 2 and isinstance(plain, dict):
+            first = next(iter(inspect.signature(cls).parameters), "params")
+            yield from _optimizer_class(cls, node, path)
+            if args is not None and first in plain:
+                what = f"`{first}` is what the optimizer updates, which `params` patterns say"
+                fault = TargetArguments.fault(what, fix=f"take out `args.{first}`, and write `params: [pattern]`")
+                yield Problem(fault, args.value[first].key or args.at, dotted((*path, "args", first)))
+            plain = {**plain, first: []}
         for name, fault in argument_faults(cls, plain) if is_built else ():
             wrong = args.child(name) if args is not None and name is not None else None
             at = (
@@ -181,6 +182,15 @@ def _target(root: Node, path: Path, bases: tuple[Any, ...], allow: Collection[st
     for inner, one in args.walk() if args is not None else ():
         if inner and isinstance(one.value, dict) and nested_target(one.plain()) is not None:
             yield from _target(root, (*path, "args", *inner), (object,), allow)
+
+
+def _optimizer_class(cls: type[Any], node: Node, path: Path) -> Iterator[Problem]:
+    """An optimizer that computes the loss again inside its step, which only torch's LBFGS may."""
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty and not issubclass(cls, LBFGS):
+        what = f"`{cls.__name__}.step` needs a closure: it computes the loss several times in one update"
+        fix = "choose an optimizer whose `step()` takes no argument, or `type: LBFGS`"
+        yield Problem(ArgumentsRefused.fault(what, fix=fix), node.at, dotted((*path, "target")))
 
 
 def _refused(root: Node) -> Iterator[Problem]:
@@ -219,41 +229,3 @@ def refused_problem(root: Node, path: Path, refused: Refusal) -> Problem:
     name = refused.path[-1] if refused.path else path[-1]
     fix = "change it, or the argument that it depends on"
     return Problem(ArgumentsRefused.fault(f"{name} refused: {refused.reason}", fix=fix), at, dotted(whole))
-
-
-def _clippings(root: Node) -> Iterator[Problem]:
-    for path, optimizer in optimizers_of(root):
-        kinds = [kind for kind in optimizer.value if kind in CLIPPINGS and _is_set(optimizer, kind)]
-        for second in kinds[1:]:
-            node = optimizer.value[second]
-            what = f"`{second}` beside `{kinds[0]}`: two kinds of clipping"
-            fix = f"keep one: take out `{second}` or `{kinds[0]}`"
-            yield Problem(ClippedTwice.fault(what, fix=fix), node.key or node.at, dotted((*path, second)))
-
-
-def _never_averaged(root: Node) -> Iterator[Problem]:
-    steps, start = root.find(("run", "max_steps")), root.find(("average", "start"))
-    last, first = (_number(node) if node is not None else None for node in (steps, start))
-    if start is not None and last is not None and first is not None and first > last > 0:
-        what = f"the average starts after step {first:g}, and the run ends after step {last:g}"
-        fix = f"set start to {max(1, int(0.75 * last))} or so"
-        yield Problem(AverageNeverTaken.fault(what, fix=fix), start.at, "average.start")
-
-
-def optimizers_of(root: Node) -> list[tuple[Path, Node]]:
-    """The path and section of each optimizer that is written as a section."""
-    section = root.child("optimizers")
-    named = section.value.items() if section is not None and isinstance(section.value, dict) else ()
-    return [(("optimizers", name), node) for name, node in named if isinstance(node.value, dict)]
-
-
-def _too_short(root: Node) -> Iterator[Problem]:
-    steps = root.find(("run", "max_steps"))
-    optimizers = root.child("optimizers")
-    for name in optimizers.value if optimizers is not None and isinstance(optimizers.value, dict) else ():
-        path = ("optimizers", name, "scheduler", "total_steps")
-        total, last = root.find(path), _number(steps) if steps is not None else None
-        length = _number(total) if total is not None else None
-        if total is not None and length is not None and last is not None and last > length > 0:
-            what = f"the schedule ends after {length} steps, the run after {last}; torch raises in between"
-            yield Problem(ArgumentsRefused.fault(what, fix=f"set total_steps to {last}"), total.at, dotted(path))

@@ -101,7 +101,8 @@ class DirectUpdate:
 
     def __call__(self, gradients: list[Tensor]) -> None:
         """One update. `gradients` are those that exist, in the order of the param groups."""
-        if len(gradients) != self._size or not self._fits():
+        if not self._groups or len(gradients) != self._size or not self._fits():
+            begin_late(self.optimizer)
             self.optimizer.step()
             self._gather(gradients)
             return
@@ -125,7 +126,7 @@ class DirectUpdate:
 
     def _gather(self, gradients: Sequence[Tensor]) -> None:
         """Cache the lists, now that `step()` has made the state; not while a gradient is missing or unusual."""
-        self._size = 0
+        self._groups, self._size = [], 0
         tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         if len(gradients) != len(tensors) or not are_uniform([*tensors, *gradients]):
             return
@@ -144,6 +145,24 @@ class DirectUpdate:
         first = column("exp_avg") or (column("momentum_buffer") if group.get("momentum") else [])
         second, largest, steps = column("exp_avg_sq"), column("max_exp_avg_sq"), column("step")
         return _Group(group, list(group["params"]), first, second, largest, steps)
+
+
+def begin_late(optimizer: Optimizer) -> None:
+    """Give parameters of a fused SGD that have their first gradient now, later than others, a momentum of zero.
+
+    torch's own fused SGD takes all buffers or none. From zero, momentum begins as in the other kernels, but with
+    `dampening`, which is left to torch.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group.get("fused") or not group["momentum"] or group["dampening"]:
+            continue
+        tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+        missing = [tensor for tensor in tensors if optimizer.state[tensor].get("momentum_buffer") is None]
+        if len(missing) < len(tensors):
+            for tensor in missing:
+                optimizer.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
 
 
 def direct_update(optimizer: Optimizer) -> DirectUpdate | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,9 +12,12 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from safeloop.autograd.norms import are_uniform
+from safeloop.checks.config.training import ScheduleNeverMoves
+from safeloop.checks.wording import listed, suggestion
 from safeloop.optim.clipping import AdaptiveFields, ClipAdaptively, ClipByNorm, ClipByValue, Clipping
 from safeloop.optim.direct import DirectUpdate, direct_update
 from safeloop.optim.ownership import aliases, matches
+from safeloop.optim.schedulers import Pace, move_by_metric
 
 
 class Spec(Protocol):
@@ -46,8 +49,8 @@ class Spec(Protocol):
     def arguments(self) -> dict[str, Any]:
         """torch's arguments that the config gives."""
 
-    def build(self, param_groups: list[dict[str, Any]], **defaults: Any) -> Optimizer:
-        """The torch optimizer over these groups; `defaults` are used where the config says nothing."""
+    def build(self, param_groups: list[dict[str, Any]], allow: Collection[str] = (), **defaults: Any) -> Optimizer:
+        """The optimizer over these groups; `defaults` are used where the config says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,10 @@ class Owner:
     """full name -> parameter, in the optimizer's order"""
     clipping: Clipping | None = None
     scheduler: LRScheduler | None = None
+    pace: Pace = "step"
+    """after what the schedule moves"""
+    metric: str | None = None
+    """the metric that the schedule looks at"""
     tensors: list[nn.Parameter] = field(init=False)
     is_uniform: bool = field(init=False)
     direct: DirectUpdate | None = field(init=False)
@@ -103,11 +110,13 @@ class Owner:
         return type(self.optimizer).__name__ + (" fused" if self.is_fused else "") + how
 
 
-def build_owner(name: str, spec: Spec, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Owner:
+def build_owner(
+    name: str, spec: Spec, parameters: Mapping[str, nn.Parameter], model: nn.Module, allow: Collection[str] = ()
+) -> Owner:
     """The owner that a spec describes, over `parameters` (full name -> parameter), in param groups as its `groups` say.
 
     What no group takes has the top level's values. A group takes a tied parameter by any of its names; the first
-    group wins.
+    group wins. `allow` are module prefixes that targets may name.
     """
     names = aliases(model)
     left = dict(parameters)
@@ -123,9 +132,31 @@ def build_owner(name: str, spec: Spec, parameters: Mapping[str, nn.Parameter], m
     if left:
         groups.append({"params": list(left.values())})
         ordered |= left
-    optimizer = _built(spec, groups)
+    optimizer = _built(spec, groups, allow)
     scheduler = None if spec.scheduler is None else spec.scheduler.build(optimizer)
-    return Owner(name, optimizer, ordered, _clipping(spec, ordered, names), scheduler)
+    clipping = _clipping(spec, ordered, names)
+    if scheduler is None:
+        return Owner(name, optimizer, ordered, clipping)
+    metric = getattr(spec.scheduler, "metric", None)
+    return Owner(name, optimizer, ordered, clipping, scheduler, spec.scheduler.pace, metric)
+
+
+def move_by_metrics(owners: Iterable[Owner], metrics: Mapping[str, float]) -> None:
+    """Move the schedules that look at a metric, after an evaluation.
+
+    Raises:
+        FaultError: SL122, the metric of a schedule was not measured.
+    """
+    for owner in owners:
+        if owner.metric is None or owner.scheduler is None:
+            continue
+        if owner.metric not in metrics:
+            raise ScheduleNeverMoves.error(
+                f"the schedule of `{owner.name}` looks at `{owner.metric}`; measured were {listed(metrics)}",
+                where=f"optimizers.{owner.name}.scheduler.metric",
+                fix=f"name one of: {', '.join(metrics)}" + suggestion(owner.metric, list(metrics)),
+            )
+        move_by_metric(owner.scheduler, metrics[owner.metric])
 
 
 def ready_owner(name: str, optimizer: Optimizer, model: nn.Module) -> Owner:
@@ -154,10 +185,11 @@ def _clipping(
     return ClipAdaptively(spec.agc.clip, spec.agc.eps, frozenset(exempt))
 
 
-def _built(spec: Spec, groups: list[dict[str, Any]]) -> Optimizer:
+def _built(spec: Spec, groups: list[dict[str, Any]], allow: Collection[str]) -> Optimizer:
     """The optimizer, with torch's fused kernel where it has one here and the config does not choose another."""
     says_how = {"fused", "foreach", "capturable"} & spec.arguments().keys()
-    if spec.accepts("fused") and not says_how:
+    dampens = spec.arguments().get("dampening")  # torch's fused SGD cannot begin late with it: see `begin_late`
+    if spec.accepts("fused") and not says_how and not dampens:
         with suppress(RuntimeError):  # torch's way to say that it has no fused kernel for a device or a dtype
-            return spec.build(groups, fused=True)
-    return spec.build(groups)
+            return spec.build(groups, allow, fused=True)
+    return spec.build(groups, allow)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 import torch
-from pydantic import Field, create_model
+from pydantic import Discriminator, Field, Tag, create_model
 from torch.optim import Optimizer
 
 from safeloop.component import Component, Float
@@ -15,7 +15,9 @@ from safeloop.optim.clipping import AdaptiveClipping
 from safeloop.optim.schedulers import SCHEDULERS as SCHEDULERS
 from safeloop.optim.schedulers import AnyScheduler as AnyScheduler
 from safeloop.optim.schedulers import SchedulerSpec as SchedulerSpec
-from safeloop.signatures import Refusal, arguments, family, refusal, union
+from safeloop.optim.schedulers import move_by_metric
+from safeloop.signatures import Refusal, arguments, family, refusal
+from safeloop.target import TargetSpec
 
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 """`fnmatchcase` patterns over full parameter names; `*` crosses dots."""
@@ -39,13 +41,9 @@ class GroupSpec(Component):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class OptimizerSpec(Component):
-    """An optimizer of torch with its arguments, the parameters it owns, its clipping and its schedule."""
+class OwnerSpec(Component):
+    """An optimizer: the parameters it owns, its clipping and its schedule."""
 
-    keeps_foreign_defaults: ClassVar[bool] = True
-    torch_class: ClassVar[type[Optimizer]]
-
-    type: str
     params: Patterns | Literal["rest"] = Field(default=("*",), json_schema_extra=_OURS)
     """patterns over full parameter names (`*` crosses dots), or `rest`: what no other optimizer took"""
     groups: tuple[GroupSpec, ...] = Field(default=(), json_schema_extra=_OURS)
@@ -57,7 +55,81 @@ class OptimizerSpec(Component):
     agc: AdaptiveClipping | None = Field(default=None, json_schema_extra=_OURS)
     """clip the gradient of each unit by the norm of its weights; null: no clipping"""
     scheduler: AnyScheduler | None = Field(default=None, json_schema_extra=_OURS)
-    """learning rate schedule; it moves once per step"""
+    """learning rate schedule; null: the rate stays"""
+
+    @property
+    def label(self) -> str:
+        """Its class, as the config names it."""
+        raise NotImplementedError
+
+    @classmethod
+    def accepts(cls, argument: str) -> bool:
+        """Whether its class is known to have this argument."""
+        return False
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that were written."""
+        raise NotImplementedError
+
+    def build(self, param_groups: list[dict[str, Any]], allow: Collection[str] = (), **defaults: Any) -> Optimizer:
+        """The optimizer over `param_groups`; `allow` is for targets, `defaults` serve where nothing is written."""
+        raise NotImplementedError
+
+
+class TargetGroup(GroupSpec):
+    """A param group of an optimizer that is given by its class."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """arguments by name"""
+
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.args)
+
+
+class _Named(Component):
+    """The fields that come first where an optimizer is given by its class."""
+
+    target: str
+    """`package.module:Class`; the module must be allowed"""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """arguments by name, without the parameters"""
+
+
+class TargetOptimizer(OwnerSpec, _Named):
+    """An optimizer given by its class: a subclass of `torch.optim.Optimizer` of an allowed module."""
+
+    groups: tuple[TargetGroup, ...] = Field(default=(), json_schema_extra=_OURS)
+    """parameters with values of their own; the first group that matches takes a parameter"""
+
+    @property
+    def label(self) -> str:
+        return f"target {self.target}"
+
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.args)
+
+    def build(self, param_groups: list[dict[str, Any]], allow: Collection[str] = (), **defaults: Any) -> Optimizer:
+        spec = TargetSpec(target=self.target, args=self.args)
+        make: Any = spec.resolve(Optimizer, allow)
+        optimizer: Optimizer = make(param_groups, **{**defaults, **spec.built_args(allow)})
+        return optimizer
+
+
+class _Typed(Component):
+    """The field that comes first where an optimizer is torch's."""
+
+    type: str
+
+
+class OptimizerSpec(OwnerSpec, _Typed):
+    """An optimizer of torch with its arguments, the parameters it owns, its clipping and its schedule."""
+
+    keeps_foreign_defaults: ClassVar[bool] = True
+    torch_class: ClassVar[type[Optimizer]]
+
+    @property
+    def label(self) -> str:
+        return f"type {self.type}"
 
     @classmethod
     def accepts(cls, argument: str) -> bool:
@@ -68,7 +140,7 @@ class OptimizerSpec(Component):
         """The arguments of torch that were written; torch's defaults stay torch's."""
         return {name: getattr(self, name) for name in sorted(self.model_fields_set) if self.accepts(name)}
 
-    def build(self, param_groups: list[dict[str, Any]], **defaults: Any) -> Optimizer:
+    def build(self, param_groups: list[dict[str, Any]], allow: Collection[str] = (), **defaults: Any) -> Optimizer:
         """The torch optimizer over `param_groups`; `defaults` serve where the config says nothing."""
         make: Any = self.torch_class
         optimizer: Optimizer = make(param_groups, **{**defaults, **self.arguments()})
@@ -95,10 +167,21 @@ OPTIMIZERS: dict[str, type[OptimizerSpec]] = {
 }
 """type -> its model"""
 
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return str(value["type"]) if "type" in value else "target" if "target" in value else None
+    return value.type if isinstance(value, OptimizerSpec) else "target"
+
+
 if TYPE_CHECKING:
-    AnyOptimizer = OptimizerSpec
+    AnyOptimizer = OwnerSpec
 else:
-    AnyOptimizer = union(OPTIMIZERS)
+    _KINDS = {"target": TargetOptimizer, **OPTIMIZERS}
+    AnyOptimizer = Annotated[
+        Union[tuple(Annotated[model, Tag(name)] for name, model in _KINDS.items())],  # noqa: UP007
+        Discriminator(_kind),
+    ]
 
 
 def dry_construct(spec: OptimizerSpec, shapes: Sequence[Sequence[int]] = ((2, 2),)) -> Refusal | None:
@@ -135,7 +218,7 @@ def _dry_schedule(scheduler: SchedulerSpec, construct: Any, given: dict[str, Any
                 .build(construct(given))
             )
             for _ in range(2):
-                built.step()
+                built.step() if scheduler.pace != "evaluation" else move_by_metric(built, 0.0)
 
     refused = refusal(move, scheduler.arguments())
     return Refusal(("scheduler", *refused.path), refused.reason) if refused else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from safeloop.plan.nodes import Node
+from safeloop.plan.node import Node
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from safeloop.plan.average import Average
 from safeloop.plan.closure import ClosureUpdate
-from safeloop.plan.nodes import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Term, Unscale, Update, Zero
+from safeloop.plan.combine import CombinedBackward
+from safeloop.plan.node import Node, Term
+from safeloop.plan.nodes import Adapt, Backward, Clip, Finite, Forward, Schedule, Unscale, Update, Zero
 from safeloop.plan.plan import Phase, StepPlan
 from safeloop.plan.simultaneous import SeparateBackward
 
@@ -24,6 +26,8 @@ class OwnerFacts:
     note: str = ""
     evaluations: int | None = None
     """how often its update may compute the loss; None: once, before the update"""
+    pace: str = "step"
+    """after what its schedule moves: `step`, `epoch`, or `evaluation`, which is no part of a step"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,10 @@ class StepFacts:
     weight_by: str = "samples"
     average: str | None = None
     """the rule by which weights are averaged over steps"""
+    exact_every: int | None = None
+    """steps between two exact measurements of each term's gradient norm"""
+    combine: tuple[str, str] | None = None
+    """rule by which the terms' gradients are combined, and where: `parameters` or `cut`; None: summed"""
 
 
 def build_plan(
@@ -76,7 +84,9 @@ def build_plan(
     names = tuple(phase.name for phase in phases)
     trained = {name for phase in phases for name in phase.trains}
     closing: list[Node] = [
-        Schedule(o.name, o.scheduler) for o in owners if o.scheduler is not None and o.name in trained
+        Schedule(o.name, o.scheduler, o.pace)
+        for o in owners
+        if o.scheduler is not None and o.pace != "evaluation" and o.name in trained
     ]
     if step.is_scaled:
         closing.append(Adapt(tuple(owner.name for owner in owners if owner.name in trained)))
@@ -108,14 +118,17 @@ def _phase(
 def _nodes(phase: PhaseFacts, owners: Sequence[OwnerFacts], step: StepFacts, phases: tuple[str, ...]) -> Iterator[Node]:
     names = tuple(owner.name for owner in owners)
     if closures := [owner for owner in owners if owner.evaluations is not None]:
-        yield _closure(phase, closures[0])
+        yield _closure(phase, closures[0], step)
         return
     yield Zero(names)
     yield Forward(phase.name, phase.terms, phase.is_open)
-    if phase.separate is None:
-        yield Backward(phase.name, phase.terms, names, phase.is_open)
+    backward = (phase.name, phase.terms, names, phase.is_open, step.exact_every)
+    if phase.separate is not None:
+        yield SeparateBackward(*backward, phase.separate)
+    elif step.combine is not None and (phase.is_open or len(phase.terms) > 1):
+        yield CombinedBackward(*backward, *step.combine)
     else:
-        yield SeparateBackward(phase.name, phase.terms, names, trains=phase.separate)
+        yield Backward(*backward)
     if step.is_scaled:
         yield Unscale(names)
     yield Finite(names, step.policy, step.is_deferred, step.is_scaled)
@@ -126,12 +139,12 @@ def _nodes(phase: PhaseFacts, owners: Sequence[OwnerFacts], step: StepFacts, pha
         yield Update(owner.name, owner.optimizer, owner.clipping is not None, owner.note, phases)
 
 
-def _closure(phase: PhaseFacts, owner: OwnerFacts) -> ClosureUpdate:
+def _closure(phase: PhaseFacts, owner: OwnerFacts, step: StepFacts) -> ClosureUpdate:
     names = (owner.name,)
     inner = (
         Zero(names),
         Forward(phase.name, phase.terms, phase.is_open),
-        Backward(phase.name, phase.terms, names, phase.is_open),
+        Backward(phase.name, phase.terms, names, phase.is_open, step.exact_every),
         Finite(names),
     )
     return ClosureUpdate(owner.name, owner.optimizer, inner, owner.evaluations or 1)

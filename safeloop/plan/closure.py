@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from safeloop.plan.nodes import Fact, Node, facts
+from safeloop.plan.node import Fact, Node, facts
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,88 +1,11 @@
-"""The operations that a step is made of. Each declares what it needs, gives and voids; `plan.py` walks these facts.
-
-A fact is a `Fact(kind, subject)`: the subject is an owner, or a phase for `graph`.
-"""
+"""The operations that a step is made of, in the order in which they run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-
-class Fact(NamedTuple):
-    """Something that holds at a point of the step."""
-
-    kind: str
-    subject: str
-
-    def __str__(self) -> str:
-        return _SENTENCES[self.kind].format(self.subject)
-
-
-_SENTENCES = {
-    "unscaled": "the gradients of `{}` are divided by the gradient scale",
-    "clean": "the gradients of `{}` are zeroed",
-    "graph": "phase `{}` has run its forward, and no update has changed the weights that its graph saved",
-    "gradients": "`{}` has the gradients of this step",
-    "finite": "the gradients of `{}` are checked to be finite",
-    "clipped": "the gradients of `{}` are clipped",
-    "updated": "`{}` is updated",
-}
-
-
-class Term(NamedTuple):
-    """A loss term as the plan knows it."""
-
-    name: str
-    weight: float = 1.0
-
-    def __str__(self) -> str:
-        return self.name if self.weight == 1.0 else f"{self.weight:g} {self.name}"
-
-
-def facts(kind: str, *subjects: str) -> frozenset[Fact]:
-    """One fact of `kind` for each subject."""
-    return frozenset(Fact(kind, subject) for subject in subjects)
-
-
-NOTHING: frozenset[Fact] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One operation of a phase."""
-
-    verb: ClassVar[str]
-
-    @property
-    def needs(self) -> frozenset[Fact]:
-        """What must hold before."""
-        return NOTHING
-
-    @property
-    def gives(self) -> frozenset[Fact]:
-        """What holds afterwards."""
-        return NOTHING
-
-    @property
-    def voids(self) -> frozenset[Fact]:
-        """What no longer holds afterwards."""
-        return NOTHING
-
-    @property
-    def subject(self) -> str:
-        """What it works on, for the printed plan."""
-        return ""
-
-    @property
-    def note(self) -> str:
-        """What a reader of the plan should know, in a few words."""
-        return ""
-
-    @property
-    def why(self) -> str:
-        """Why it stands where it stands."""
-        return ""
+from safeloop.plan.node import NOTHING, Fact, Node, Term, facts
 
 
 def _of_gradients(owners: tuple[str, ...]) -> frozenset[Fact]:
@@ -154,6 +77,8 @@ class Backward(Node):
     terms: tuple[Term, ...]
     owners: tuple[str, ...]
     is_open: bool = False
+    exact_every: int | None = None
+    """steps between two exact measurements of each term's gradient norm"""
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -174,7 +99,15 @@ class Backward(Node):
 
     @property
     def note(self) -> str:
-        return "one pass, graph freed"
+        return f"one pass, graph freed{self.measuring}"
+
+    @property
+    def measuring(self) -> str:
+        """What the exact measurement of each term's norm costs, as the end of a note."""
+        if self.exact_every is None:
+            return ""
+        when = "on every step" if self.exact_every == 1 else f"every {self.exact_every} steps"
+        return f"; {when} one pass more for each term, to measure its norm"
 
     @property
     def why(self) -> str:
@@ -338,6 +271,8 @@ class Schedule(Node):
     verb: ClassVar[str] = "schedule"
     owner: str
     scheduler: str
+    per: str = "step"
+    """`step` or `epoch`"""
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -349,7 +284,7 @@ class Schedule(Node):
 
     @property
     def note(self) -> str:
-        return "once a step"
+        return "once a step" if self.per == "step" else "after the last step of each epoch"
 
     @property
     def why(self) -> str:

@@ -9,7 +9,8 @@ from safeloop.checks.update.order import StepOutOfOrder
 from safeloop.faults import FaultError
 from safeloop.plan import show
 from safeloop.plan.closure import ClosureUpdate
-from safeloop.plan.nodes import Fact, Node, Update
+from safeloop.plan.node import Fact, Node
+from safeloop.plan.nodes import Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safeloop.plan.nodes import Node
+    from safeloop.plan.node import Node
     from safeloop.plan.plan import Phase, StepPlan
 
 

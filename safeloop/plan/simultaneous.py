@@ -19,16 +19,13 @@ class SeparateBackward(Backward):
     @property
     def subject(self) -> str:
         return "; ".join(
-            f"{term} -> {', '.join(patterns)}"
-            for term, patterns in zip(self.terms, self.trains, strict=True)
+            f"{term} -> {', '.join(patterns)}" for term, patterns in zip(self.terms, self.trains, strict=True)
         )
 
     @property
     def note(self) -> str:
-        return "a pass each, graph kept where a later pass needs it"
+        return f"a pass each, graph kept where a later pass needs it{self.measuring}"
 
     @property
     def why(self) -> str:
         return "simultaneous: one forward serves all terms, and no update lies between their backward passes"
-
-

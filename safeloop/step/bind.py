@@ -13,16 +13,21 @@ from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.averaging import Average
+from safeloop.optim.combining import CombineSpec
 from safeloop.optim.owner import Owner
 from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Unscale, Update, Zero
 from safeloop.plan import average as plan_average
+from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.simultaneous import SeparateBackward
 from safeloop.step.clip import clipper
+from safeloop.step.combine import bind_combined
+from safeloop.step.exact import exact_norms
 from safeloop.step.finite import DeferredGate, ImmediateGate, gather
 from safeloop.step.precision import GradientScale, Precision
 from safeloop.step.report import Frame, TermGeometry
+from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
-from safeloop.step.terms import TermReader
+from safeloop.step.terms import TermReader, no_mapping
 
 Operation = Callable[[Frame], None]
 Losses = Callable[[Any], Mapping[str, Any]]
@@ -65,6 +70,16 @@ class Parts:
     """the part of the whole that each micro-batch of a window is"""
     average: Average | None = None
     """the averaged weights"""
+    epochs_over: Callable[[], int] | None = None
+    """how many epochs are over, now"""
+    exact_every: int | None = None
+    """steps between two exact measurements of each term's gradient norm"""
+    custom: Callable[[Any, Any], None] | None = None
+    """the user's `custom_step`, called with its operations and a micro-batch, in place of all phases"""
+    combine: CombineSpec | None = None
+    """how the terms' gradients are combined; None: summed"""
+    seed: int = 0
+    """seed of the run"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:
@@ -99,6 +114,8 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
         except RuntimeError as error:
             _explain(error, source, model)
             raise
+        if not isinstance(returned, Mapping):
+            raise no_mapping(returned, source)
         if frame.is_audited:
             observer.forwarded(frame.report.step)
         if has_special:
@@ -117,12 +134,16 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
 def _bind_backward(node: Backward, parts: Parts) -> Operation:
     source, model, scale = parts.readers[node.phase].rules.source, parts.model, parts.precision.scale
     measures_cut = parts.measures_cut
+    tensors = [tensor for name in node.owners for tensor in parts.owners[name].tensors]
+    measure = None if parts.exact_every is None else exact_norms(lambda _: tensors, parts.exact_every, scale)
 
     def backward(frame: Frame) -> None:
         if not frame.roots:
             return
         seeds = frame.seeds if scale is None else scale.scaled(frame.seeds)
         try:
+            if measure is not None:
+                measure(frame, seeds)
             if measures_cut and frame.wants_modules and len(frame.roots) > 1:
                 _keep_geometry(frame, backward_with_taps(frame.roots, seeds), scale)
             else:
@@ -137,6 +158,10 @@ def _bind_backward(node: Backward, parts: Parts) -> Operation:
 
 def _bind_separate(node: SeparateBackward, parts: Parts) -> Operation:
     return bind_separate(node, parts, lambda error, source: _explain(error, source, parts.model))
+
+
+def _bind_combined(node: CombinedBackward, parts: Parts) -> Operation:
+    return bind_combined(node, parts, lambda error, source: _explain(error, source, parts.model))
 
 
 def _bind_unscale(node: Unscale, parts: Parts) -> Operation:
@@ -183,12 +208,10 @@ def _bind_update(node: Update, parts: Parts) -> Operation:
 def _bind_schedule(node: Schedule, parts: Parts) -> Operation:
     name, scheduler = node.owner, parts.owners[node.owner].scheduler
     assert scheduler is not None, f"{name} is planned to be scheduled but has no schedule"
-
-    def schedule(frame: Frame) -> None:
-        if name in frame.report.updated:
-            scheduler.step()
-
-    return schedule
+    if node.per == "step":
+        return StepSchedule(name, scheduler)
+    assert parts.epochs_over is not None, f"{name} is planned to be scheduled by epochs, and nobody counts them"
+    return EpochSchedule(name, scheduler, parts.epochs_over)
 
 
 def _bind_average(node: plan_average.Average, parts: Parts) -> Operation:
@@ -217,6 +240,7 @@ _BINDERS: Mapping[type[Node], Callable[[Any, Parts], Operation]] = {
     Forward: _bind_forward,
     Backward: _bind_backward,
     SeparateBackward: _bind_separate,
+    CombinedBackward: _bind_combined,
     Unscale: _bind_unscale,
     Finite: _bind_finite,
     Clip: _bind_clip,

@@ -71,7 +71,7 @@ def _refuse_non_finite(parameters: dict[str, torch.nn.Parameter], frame: Frame) 
     if bad:
         raise FaultError(
             NonFiniteGradient.fault(
-                f"the update made {len(bad)} of {len(parameters)} parameters non-finite (`{bad[0]}`), and was taken back",
+                f"the update made {len(bad)} of {len(parameters)} parameters non-finite (`{bad[0]}`); taken back",
                 where=f"step {frame.report.step}",
                 why="without a line search, the step of LBFGS can be too long",
                 fix="set `line_search_fn: strong_wolfe`, or a smaller `lr`",

@@ -40,6 +40,8 @@ class StepReport:
     """owner -> names of the parameters that have a gradient; filled on the steps that log modules"""
     geometry: list[TermGeometry] = field(default_factory=list)
     """of each phase with several terms; filled on the steps that log, from the last micro-batch"""
+    exact_norms: dict[str, Tensor] = field(default_factory=dict)
+    """loss term -> norm of its gradient over all parameters that it trains, 0-d; filled on the steps that measure it"""
     clipped: dict[str, Reading] = field(default_factory=dict)
     """owner -> whether clipping changed its gradients: 1 or 0"""
     clipped_norms: dict[str, Reading] = field(default_factory=dict)
@@ -74,6 +76,8 @@ class Frame:
     """the names of the roots"""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """loss term -> its value before weighting, so far in this turn"""
+    term_gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    """loss term -> its gradients so far in this window; only under accumulation, on the steps that measure them"""
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     """owner -> its gradients"""
     totals: dict[str, Tensor] = field(default_factory=dict)

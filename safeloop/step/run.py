@@ -13,6 +13,7 @@ from safeloop.plan import Backward, Forward, Phase, StepPlan
 from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.closure import ClosureOperation, bind_closure
+from safeloop.step.custom import CustomRun
 from safeloop.step.report import Frame, StepReport
 
 
@@ -49,7 +50,8 @@ class Program:
 
     def __init__(self, plan: StepPlan, parts: Parts) -> None:
         self.observer = parts.observer
-        self.phases = [_bound(phase, parts) for phase in plan.phases]
+        self.custom = None if parts.custom is None else CustomRun(parts.custom, parts)
+        self.phases = [] if parts.custom is not None else [_bound(phase, parts) for phase in plan.phases]
         self.closing = tuple(bind(node, parts) for node in plan.closing)
 
 
@@ -69,6 +71,8 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
     is_audited = program.observer.wants(step)
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
+    if program.custom is not None:
+        program.custom(draw, report, is_audited=is_audited, wants_modules=wants_modules)
     for phase in program.phases:
         if step % phase.every:
             continue

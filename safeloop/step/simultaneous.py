@@ -12,6 +12,7 @@ from safeloop.autograd.retain import retain_flags
 from safeloop.autograd.walk import reach
 from safeloop.checks.terms.simultaneous import TermReachesNothingItTrains, TermWithoutTrains
 from safeloop.plan.simultaneous import SeparateBackward
+from safeloop.step.exact import exact_norms
 from safeloop.step.report import Frame
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def bind_separate(
         for term, patterns in zip(node.terms, node.trains, strict=True)
     }
 
+    measure = None if parts.exact_every is None else exact_norms(inputs.__getitem__, parts.exact_every, scale)
+
     def backward(frame: Frame) -> None:
         if strangers := [name for name in frame.root_names if name not in inputs]:
             raise TermWithoutTrains.error(
@@ -41,6 +44,8 @@ def bind_separate(
         seeds = frame.seeds if scale is None else scale.scaled(frame.seeds)
         flags = retain_flags(frame.roots, range(len(frame.roots)))
         try:
+            if measure is not None:
+                measure(frame, seeds)
             for name, root, seed, keeps in zip(frame.root_names, list(frame.roots), seeds, flags, strict=True):
                 torch.autograd.backward(root, seed, retain_graph=keeps, inputs=inputs[name])
                 frame.roots.pop(0)

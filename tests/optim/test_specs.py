@@ -38,8 +38,8 @@ def parameter():
 
 def test_the_families_are_those_of_torch():
     assert len(OPTIMIZERS) == 15
-    assert len(SCHEDULERS) == 12
-    assert not {"LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau", "LRScheduler"} & set(SCHEDULERS)
+    assert len(SCHEDULERS) == 13
+    assert not {"LambdaLR", "MultiplicativeLR", "LRScheduler"} & set(SCHEDULERS)
     assert all(getattr(torch.optim, name) is model.torch_class for name, model in OPTIMIZERS.items())
 
 
@@ -78,7 +78,7 @@ def test_a_default_serves_only_where_nothing_is_written():
     assert not OPTIMIZERS["Adam"].accepts("params")
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
 def test_a_schedule_moves_as_torchs_own_does(name):
     main = spec(type="SGD", lr=0.5, momentum=0.9, scheduler={"type": name, **NEEDED.get(name, {})})
     assert dry_construct(main) is None

@@ -178,3 +178,36 @@ def test_a_nan_in_one_phase_leaves_what_it_trains_unchanged() -> None:
         trainer.fit()
     for name, tensor in nets.generator.state_dict().items():
         assert torch.equal(tensor, trainer.before[name]), name
+
+
+def test_phases_of_a_config_only_run_share_out_its_losses() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    data = [(x, torch.zeros(16, 1)) for x in real_batches(4)]
+    section = {
+        "model": model,
+        "data": data,
+        "optimizers": {"a": {**ADAM, "params": ["0.*"]}, "b": {**ADAM, "params": ["1.*"]}},
+        "losses": {
+            "mse": {"type": "MSELoss", "inputs": ["output", "batch.1"]},
+            "mae": {"type": "L1Loss", "inputs": ["output", "batch.1"]},
+        },
+        "run": {"max_steps": 2},
+        "log": OFF,
+    }
+    phases = {
+        "first": {"trains": ["a"], "losses": ["mse"], "repeat": 2},
+        "second": {"trains": ["b"], "losses": ["mae"]},
+    }
+    trainer = sl.Trainer(**section, phases=phases)
+    assert [phase.name for phase in trainer.plan().phases] == ["first", "second"]
+    assert set(trainer.fit().losses) == {"train", "mse", "mae"}
+    with pytest.raises(sl.FaultError, match="does not say its `losses`"):
+        sl.Trainer(**section, phases={"first": {"trains": ["a"]}}).fit()
+    with pytest.raises(sl.FaultError, match="`huber`, which is no loss"):
+        sl.Trainer(**section, phases={"first": {"trains": ["a", "b"], "losses": ["huber"]}}).fit()
+
+
+def test_a_phase_of_the_config_that_the_trainer_does_not_have_is_refused() -> None:
+    with pytest.raises(sl.FaultError, match="Gan has no phase `critic`") as caught:
+        gan(make_nets(), phases={"critic": {"repeat": 2}}).fit()
+    assert "critic_phase" in caught.value.fault.fix

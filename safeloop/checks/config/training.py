@@ -84,3 +84,47 @@ class AverageNeverTaken(Check):
 
     code = "SL121"
     title = "average never taken"
+
+
+class ScheduleNeverMoves(Check):
+    """A learning-rate schedule that would never move, or not as it is written.
+
+    ## What it does
+    Refuses `ReduceLROnPlateau` where its `metric` is never measured: no evaluation data, no `evaluate.every`, no metric
+    of that name. Refuses `per` inside a `SequentialLR` or `ChainedScheduler`, whose parts move with the whole, and
+    `per: epoch` on data that can be read only once.
+
+    ## Why it is bad
+    The learning rate would stay what it was, and nothing would say so.
+
+    ## Bad
+    ```yaml
+    run: {max_steps: 100}
+    model: {target: "torch.nn:Linear", args: {in_features: 64, out_features: 10}}
+    data: {train: {target: "safeloop.datasets:Digits", args: {flat: true}}}
+    optimizers: {type: SGD, lr: 0.1, scheduler: {type: ReduceLROnPlateau, metric: loss/eval}}
+    losses: {ce: {type: CrossEntropyLoss}}
+    ```
+
+    ## Good
+    ```yaml
+    run: {max_steps: 100}
+    model: {target: "torch.nn:Linear", args: {in_features: 64, out_features: 10}}
+    data:
+      train: {target: "safeloop.datasets:Digits", args: {flat: true}}
+      eval: {target: "safeloop.datasets:Digits", args: {flat: true, split: test}}
+    optimizers: {type: SGD, lr: 0.1, scheduler: {type: ReduceLROnPlateau, metric: loss/eval, patience: 2}}
+    losses: {ce: {type: CrossEntropyLoss}}
+    evaluate: {every: 10}
+    ```
+
+    ## Fix
+    Add evaluation data and `evaluate.every`, and name a metric that `metrics` returns, or `loss/eval`. Write `per`
+    beside the `type` of the outer schedule.
+
+    ## Source
+    torch.optim.lr_scheduler.ReduceLROnPlateau; otherwise safeloop's own rule.
+    """
+
+    code = "SL122"
+    title = "schedule never moves"
