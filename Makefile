@@ -14,11 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test soak lint format clean
 
 help:
 	@echo "make demo     train on real digits, then print the test accuracy and the TensorBoard address"
 	@echo "make test     all tests"
+	@echo "make soak     500 random runs against a naive second implementation"
 	@echo "make lint     ruff, mypy --strict, import order, Dockerfile"
 	@echo "make format   let ruff format and mend what it can"
 	@echo "make clean    remove the virtual environment, caches and build output; runs/ stays"
@@ -28,6 +29,9 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+soak: $(VENV)/.dev
+	OMP_NUM_THREADS=1 SAFELOOP_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) tests/oracle
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
