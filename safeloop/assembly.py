@@ -28,6 +28,7 @@ from safeloop.plan import StepPlan
 from safeloop.refusals import closure_faults, refuse_epochs, untrained
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
 from safeloop.step.bind import equal_shares
+from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
 from safeloop.stream import Stream
 
@@ -53,6 +54,7 @@ class Assembly:
     gate: ImmediateGate | DeferredGate
     readers: Mapping[str, TermReader]
     precision: Precision
+    keeper: BufferKeeper | None
     weights: Mapping[str, float]
     """loss term -> its present weight"""
     average: Average | None = None
@@ -95,6 +97,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
+    keeper = None if given.custom is not None else BufferKeeper(model, depth=2 if gate.is_deferred else 1)
     parts = Parts(
         model,
         losses,
@@ -108,12 +111,16 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         average,
         stream.count_epochs,
         exact_every=exact_every(config),
+        keeper=keeper,
+        has_declared_phases=all(phase.trains is not None for phase in given.phases),
         custom=given.custom,
         combine=config.combine,
         seed=config.run.seed,
     )
     program = Program(plan, parts)
-    return Assembly(device, stream, owners, ownership, plan, program, gate, readers, precision, weights, average)
+    return Assembly(
+        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, average
+    )
 
 
 def probe(given: Ingredients, stream: Stream) -> dict[str, Mapping[str, Any]]:

@@ -267,7 +267,12 @@ class Trainer:
             if evaluator is not None and wants_metrics:
                 metrics, last_evaluated = evaluator(run, recorder), self.step
             readings.resume(stream.num_samples)
-        run.gate.finish()
+        try:
+            run.gate.finish()
+        except FaultError:
+            if run.keeper is not None:
+                run.keeper.restore(turns=1)
+            raise
         if evaluator is not None and last_evaluated != self.step:
             metrics = evaluator(run, recorder)
         return self._outcome(), metrics

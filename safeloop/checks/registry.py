@@ -62,6 +62,7 @@ FILES: dict[str, str] = {
     "SL410": "terms/graph.py",  # TermReachesWhatItDoesNotTrain
     "SL411": "terms/simultaneous.py",  # TermWithoutTrains
     "SL412": "terms/simultaneous.py",  # TermReachesNothingItTrains
+    "SL413": "terms/phases.py",  # PhaseReachesNothing
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     # SL6: update, optimizer and schedule

@@ -11,6 +11,7 @@ from torch import nn
 
 from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
+from safeloop.checks.terms.phases import PhaseReachesNothing
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.averaging import Average
 from safeloop.optim.combining import CombineSpec
@@ -19,6 +20,7 @@ from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule
 from safeloop.plan import average as plan_average
 from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.simultaneous import SeparateBackward
+from safeloop.step.buffers import BufferKeeper
 from safeloop.step.clip import clipper
 from safeloop.step.combine import bind_combined
 from safeloop.step.exact import exact_norms
@@ -80,6 +82,10 @@ class Parts:
     """how the terms' gradients are combined; None: summed"""
     seed: int = 0
     """seed of the run"""
+    keeper: BufferKeeper | None = None
+    """the buffers from before each turn; None: a refused batch leaves its trace in them"""
+    has_declared_phases: bool = False
+    """whether every phase says itself what it trains"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:
@@ -175,12 +181,32 @@ def _bind_unscale(node: Unscale, parts: Parts) -> Operation:
 
 
 def _bind_finite(node: Finite, parts: Parts) -> Operation:
-    owners, gate = [parts.owners[name] for name in node.owners], parts.gate
+    owners, gate, keeper = [parts.owners[name] for name in node.owners], parts.gate, parts.keeper
+    must_reach, observer = parts.has_declared_phases, parts.observer
 
     def finite(frame: Frame) -> None:
-        gate.check(frame, owners)
+        try:
+            gate.check(frame, owners)
+        except FaultError:
+            if keeper is not None:
+                keeper.restore()
+            raise
+        if frame.is_skipped and keeper is not None:
+            keeper.restore()
+        if must_reach and frame.is_audited and frame.report.step == 0:
+            observer.faults(_idle(frame, owners), frame.report.step)
 
     return finite
+
+
+def _idle(frame: Frame, owners: Sequence[Owner]) -> list[Fault]:
+    """A fault where a declared phase leaves one of its optimizers, but not all, without any gradient."""
+    idle = [owner.name for owner in owners if not frame.gradients[owner.name]]
+    if not idle or len(idle) == len(owners):
+        return []
+    what = f"the losses of the phase reach no parameter of `{idle[0]}`, which it trains"
+    fix = f"take `{idle[0]}` out of its `trains`, or look for a detach() between its parameters and the losses"
+    return [PhaseReachesNothing.fault(what, where=frame.source, fix=fix, names=idle)]
 
 
 def _bind_clip(node: Clip, parts: Parts) -> Operation:

@@ -21,7 +21,7 @@ ClosureOperation = Callable[[Frame, Sequence[Any]], None]
 
 def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
     """The operation that a closure update stands for: a function of the frame of a turn and its micro-batches."""
-    owner = parts.owners[node.owner]
+    owner, keeper = parts.owners[node.owner], parts.keeper
     kinds = [(type(inner), _bound(inner, parts)) for inner in node.inner]
     end = max(index for index, (kind, _) in enumerate(kinds) if kind is Backward) + 1
     zero, per_batch, after = kinds[0][1], [run for _, run in kinds[1:end]], [run for _, run in kinds[end:]]
@@ -30,6 +30,8 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
     def update(frame: Frame, window: Sequence[Any]) -> None:
         shares = [None] if len(window) == 1 else parts.shares(window)
         before = [tensor.detach().clone() for tensor in owner.tensors]
+        if keeper is not None:
+            keeper.keep()
         first_terms: dict[str, Tensor] = {}
 
         def evaluate() -> Tensor:
@@ -52,6 +54,8 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
             with torch.no_grad():
                 for tensor, old in zip(owner.tensors, before, strict=True):
                     tensor.copy_(old)
+            if keeper is not None:
+                keeper.restore()
             raise
         frame.terms = first_terms
         frame.report.updated.add(owner.name)

@@ -12,6 +12,7 @@ from torch import nn
 from safeloop.plan import Backward, Forward, Phase, StepPlan
 from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
+from safeloop.step.buffers import BufferKeeper
 from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
 from safeloop.step.report import Frame, StepReport
@@ -123,12 +124,20 @@ def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: b
         report.num_skipped += frame.is_skipped
 
 
+def _keep(keeper: BufferKeeper) -> Operation:
+    def keep(frame: Frame) -> None:
+        keeper.keep()
+
+    return keep
+
+
 def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
     closure = next((node for node in phase.nodes if isinstance(node, ClosureUpdate)), None)
     nodes = () if closure is not None else phase.nodes
     inner = [i for i, node in enumerate(nodes) if isinstance(node, (Forward, Backward))]
     first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
     operations = tuple(bind(node, parts) for node in nodes)
+    keeps: tuple[Operation, ...] = () if parts.keeper is None else (_keep(parts.keeper),)
     trained = {id(tensor) for name in phase.trains for tensor in parts.owners[name].tensors}
     others = (p for owner in parts.owners.values() for p in owner.tensors if id(p) not in trained)
     return _BoundPhase(
@@ -137,7 +146,7 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         phase.micro_batches,
         parts.shares,
         tuple(others),
-        operations[:first],
+        (*keeps, *operations[:first]),
         operations[first:last],
         operations[last:],
         None if closure is None else bind_closure(closure, parts),

@@ -46,9 +46,8 @@ def bind_separate(
         try:
             if measure is not None:
                 measure(frame, seeds)
-            for name, root, seed, keeps in zip(frame.root_names, list(frame.roots), seeds, flags, strict=True):
-                torch.autograd.backward(root, seed, retain_graph=keeps, inputs=inputs[name])
-                frame.roots.pop(0)
+            for name, seed, keeps in zip(frame.root_names, seeds, flags, strict=True):
+                torch.autograd.backward(frame.roots.pop(0), seed, retain_graph=keeps, inputs=inputs[name])
         except RuntimeError as error:
             explain(error, rules.source)
             raise

@@ -211,3 +211,18 @@ def test_a_phase_of_the_config_that_the_trainer_does_not_have_is_refused() -> No
     with pytest.raises(sl.FaultError, match="Gan has no phase `critic`") as caught:
         gan(make_nets(), phases={"critic": {"repeat": 2}}).fit()
     assert "critic_phase" in caught.value.fault.fix
+
+
+def test_a_phase_that_does_not_reach_one_of_its_optimizers_is_refused_before_the_update() -> None:
+    class HalfReached(sl.Trainer):
+        @sl.phase(trains=["critic", "generator"])
+        def fit_both(self, real: Tensor) -> dict[str, Tensor]:
+            return {"critic": self.model.critic(real).square().mean()}
+
+    nets = make_nets()
+    before = copy.deepcopy(nets.state_dict())
+    optimizers = {"critic": {**ADAM, "params": ["critic.*"]}, "generator": {**ADAM, "params": "rest"}}
+    with pytest.raises(sl.FaultError, match="no parameter of `generator`") as caught:
+        HalfReached(model=nets, data=real_batches(), optimizers=optimizers, run={"max_steps": 1}, log=OFF).fit()
+    assert caught.value.fault.code == "SL413"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in nets.state_dict().items())
