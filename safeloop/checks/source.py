@@ -31,6 +31,7 @@ class Place:
     @property
     def text(self) -> str:
         """The source line without its indentation; empty where the file cannot be read."""
+        linecache.checkcache(self.path)  # the file may have changed since Python read it last: a notebook, an editor
         return linecache.getline(self.path, self.line).strip()
 
     def __str__(self) -> str:

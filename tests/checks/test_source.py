@@ -107,3 +107,11 @@ def test_a_line_of_a_loop_without_safeloop_is_the_user_s():
         divmod(1, 0)
     _, place = user_frame(caught.value.__traceback__)
     assert place.text == "divmod(1, 0)"
+
+
+def test_a_line_is_quoted_as_it_is_now_not_as_it_was_when_it_was_read_first(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text("first = 1\n")
+    assert Place(str(path), 1).text == "first = 1"
+    path.write_text("second_line = 22\n")
+    assert Place(str(path), 1).text == "second_line = 22"
