@@ -202,7 +202,7 @@ def _bind_finite(node: Finite, parts: Parts) -> Operation:
 def _idle(frame: Frame, owners: Sequence[Owner]) -> list[Fault]:
     """A fault where a declared phase leaves one of its optimizers, but not all, without any gradient."""
     idle = [owner.name for owner in owners if not frame.gradients[owner.name]]
-    if not idle or len(idle) == len(owners):
+    if not idle or len(idle) == len(owners) or frame.report.inactive:  # a permitted constant may be what reaches it
         return []
     what = f"the losses of the phase reach no parameter of `{idle[0]}`, which it trains"
     fix = f"take `{idle[0]}` out of its `trains`, or look for a detach() between its parameters and the losses"
