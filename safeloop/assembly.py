@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from safeloop.audit.budget import Budget
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.checks.config.values import ArgumentsRefused
@@ -57,6 +58,7 @@ class Assembly:
     keeper: BufferKeeper | None
     weights: Mapping[str, float]
     """loss term -> its present weight"""
+    audit: StepAudit
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
@@ -95,7 +97,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     average = None if config.average is None else Average(config.average, model)
     weights = first_weights(config)
     readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
-    observer = StepAudit(config.audit.level, ledger, model, ownership)
+    observer = StepAudit(Budget(config.audit.level, config.audit.budget), ledger, model, ownership, given.holders)
     losses = {phase.name: phase.losses for phase in given.phases}
     keeper = None if given.custom is not None else BufferKeeper(model, depth=2 if gate.is_deferred else 1)
     parts = Parts(
@@ -119,7 +121,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     )
     program = Program(plan, parts)
     return Assembly(
-        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, average
+        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, observer, average
     )
 
 

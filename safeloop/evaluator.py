@@ -48,7 +48,7 @@ class Evaluator:
         trainer, move = self._trainer, Mover(assembly.device)
 
         def measure(batch: Any) -> dict[str, Any]:
-            with assembly.precision.autocast():
+            with assembly.audit.evaluating(), assembly.precision.autocast():
                 return self._measure(batch, assembly.weights)
 
         with standing_in(trainer, trainer.averaged_model):

@@ -52,6 +52,8 @@ class Ingredients:
     """ready optimizers; None: the config's are built"""
     custom: Callable[[Any, Any], None] | None = None
     """a `custom_step` in place of phases"""
+    holders: Sequence[object] = ()
+    """objects of the user's whose attributes the audit may look at: the Trainer"""
 
     @property
     def config(self) -> RunConfig:

@@ -50,6 +50,11 @@ class Readings:
     _started: float = 0.0
     _first_sample: int = 0
 
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last log."""
+        return self._steps
+
     def resume(self, num_samples: int) -> None:
         """Start the clock, at so many samples drawn; it stands still while the loop writes or evaluates."""
         self._started, self._first_sample = time.perf_counter(), num_samples

@@ -34,6 +34,7 @@ class Recorder:
         self.last: dict[str, float] = {}
         self._model = model
         self._average = assembly.average
+        self._audit = assembly.audit
         self._ledger = ledger
         self._fanout = Fanout()
         self.readings = Readings(assembly.owners, assembly.weights, config.log.grad_norms)
@@ -53,7 +54,9 @@ class Recorder:
 
     def log(self, report: StepReport, epoch: int) -> None:
         """Write the readings since the last log."""
+        steps = max(1, self.readings.num_steps)
         scalars = self.readings.take(report)
+        scalars["perf/audit_ms"] = self._audit.budget.take_spent_ms() / steps
         scalars["safety/faults_total"] = float(len(self._ledger.faults))
         self.last = scalars
         self._fanout.write(Record(report.step + 1, "train", scalars, epoch, time.time()))

@@ -273,6 +273,7 @@ class Trainer:
             if run.keeper is not None:
                 run.keeper.restore(turns=1)
             raise
+        run.audit.finish(self.step)
         if evaluator is not None and last_evaluated != self.step:
             metrics = evaluator(run, recorder)
         return self._outcome(), metrics
@@ -315,6 +316,7 @@ class Trainer:
             count_tokens=self.count_tokens if self._overrides("count_tokens") else None,
             optimizers=self._brought.optimizers,
             custom=self.custom_step if self._is_custom else None,
+            holders=(self,),
         )
 
     def _probe(self, assembly: Assembly) -> Mapping[str, Mapping[str, Any]]:

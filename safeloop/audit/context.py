@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from safeloop.audit.budget import FIRST_STEPS, Budget, Level
+from safeloop.audit.crash import crash_faults
+from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
-from safeloop.audit.observer import FIRST_STEPS, Level
-from safeloop.checks.stages import gradient_faults, setup_faults
-from safeloop.checks.views import GradientsView, SetupView
+from safeloop.checks.stages import setup_faults
+from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.ownership import owned_by_identity
 
 OnFault = Literal["warn", "raise", "collect"]
+_T = TypeVar("_T")
 
 
 class FaultWarning(UserWarning):
@@ -25,7 +31,7 @@ class FaultWarning(UserWarning):
 
 
 class Audit:
-    """Watches a loop: owners and modules on entry, gradients before each optimizer's step.
+    """Watches a loop: owners and modules on entry, then what happens to gradients, modes and graphs.
 
     Every fault is found once; `.faults` holds them all. Nothing of the loop is changed, and all hooks are gone on exit.
     """
@@ -35,54 +41,89 @@ class Audit:
         model: nn.Module | Mapping[str, nn.Module],
         optimizers: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None = None,
         *,
+        scaler: GradScaler | Iterable[GradScaler] | None = None,
+        scheduler: LRScheduler | Iterable[LRScheduler] | None = None,
         level: Level = "standard",
+        budget: float | None = 0.01,
         on_fault: OnFault = "warn",
         accept: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.model = nn.ModuleDict(dict(model)) if isinstance(model, Mapping) else model
         self.optimizers = _named(optimizers)
-        self._level = level
+        self._scalers = _several(scaler, GradScaler)
+        self._schedulers = _several(scheduler, LRScheduler)
+        self._budget = Budget(level, budget)
         self._on_fault = on_fault
         self._ledger = FaultLedger(accept)
-        self._hooks: list[Any] = []
+        self._watch: LoopWatch | None = None
         self._step = 0
+        self._is_counted = False
+        self._started = 0.0
 
     @property
     def faults(self) -> tuple[Fault, ...]:
         """Every fault so far, in the order of its first appearance."""
         return self._ledger.faults
 
+    @property
+    def extra_ms(self) -> float:
+        """What an iteration that is looked at in depth costs more than a plain one, in milliseconds."""
+        return self._budget.extra_ms
+
     def step(self) -> None:
-        """Tell that one iteration of the loop is over."""
-        self._step += 1
+        """Tell that one iteration of the loop is over; without it, iterations are counted by the optimizers' steps."""
+        self._is_counted = True
+        self._over()
 
     def __enter__(self) -> Audit:
-        if self._level != "off":
-            ownership = owned_by_identity(self.model, self.optimizers)
-            self._handle(setup_faults(SetupView(self.model, ownership)))
-            for name, optimizer in self.optimizers.items():
-                self._hooks.append(optimizer.register_step_pre_hook(self._before_step(name)))
+        if self._budget.level == "off":
+            return self
+        ownership = owned_by_identity(self.model, self.optimizers)
+        self._handle(setup_faults(SetupView(self.model, ownership)))
+        self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
+        last = next(reversed(self.optimizers.values()), None)
+        self._tick = None if last is None else last.register_step_post_hook(lambda *_: self._stepped())
+        self._watch.dive()
+        self._started = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        if self._tick is not None:
+            self._tick.remove()
+        watch.undo()
+        if error is None:
+            watch.close()
+        elif isinstance(error, Exception) and not isinstance(error, FaultError):
+            faults = [*watch.failed(), *crash_faults(error, self.model, watch)]
+            self._record(faults)
 
-    def _before_step(self, owner: str) -> Any:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        held = [tensor for group in self.optimizers[owner].param_groups for tensor in group["params"]]
-        parameters: dict[str, Any] = {names.get(tensor, f"{owner}[{i}]"): tensor for i, tensor in enumerate(held)}
+    def _stepped(self) -> None:
+        """An optimizer has stepped; where nobody tells iterations, the last optimizer's step ends one."""
+        if not self._is_counted and self._step:
+            self._over()
+        elif not self._is_counted:
+            self._step = 1  # the first step may still be followed by a first `audit.step()`
 
-        def look(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._level == "full" or self._step < FIRST_STEPS:
-                terms: dict[str, Tensor] = {}
-                where = f"step {self._step}, before {type(optimizer).__name__}.step() of `{owner}`"
-                self._handle(gradient_faults(GradientsView(parameters, terms, self._step, where)))
-
-        return look
+    def _over(self) -> None:
+        watch = self._watch
+        if watch is None:
+            return
+        now = time.perf_counter()
+        self._budget.done(self._step, now - self._started, was_deep=watch.is_deep)
+        watch.iterate()
+        self._step += 1
+        if self._step == FIRST_STEPS and self._budget.level == "standard":
+            watch.first_window_over()
+        if self._budget.wants(self._step):
+            watch.dive()
+        else:
+            watch.surface()
+        self._started = time.perf_counter()
 
     def _handle(self, faults: list[Fault]) -> None:
         known = set(self._ledger.faults)
@@ -91,17 +132,30 @@ class Audit:
         except FaultError:
             if self._on_fault == "raise":
                 raise
+        self._warn(known)
+
+    def _record(self, faults: list[Fault]) -> None:
+        """Record faults while an error is on its way: nothing else is raised over it."""
+        known = set(self._ledger.faults)
+        if faults:
+            self._ledger.raised(FaultError(faults[0], faults[1:]), self._step)
+        self._warn(known)
+
+    def _warn(self, known: set[Fault]) -> None:
         if self._on_fault == "warn":
             for fault in self._ledger.faults:
                 if fault not in known:
-                    warnings.warn(str(fault), FaultWarning, stacklevel=3)
+                    warnings.warn(str(fault), FaultWarning, stacklevel=4)
 
 
 def audit(
     model: nn.Module | Mapping[str, nn.Module],
     optimizers: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None = None,
     *,
+    scaler: GradScaler | Iterable[GradScaler] | None = None,
+    scheduler: LRScheduler | Iterable[LRScheduler] | None = None,
     level: Level = "standard",
+    budget: float | None = 0.01,
     on_fault: OnFault = "warn",
     accept: Mapping[str, Sequence[str]] | None = None,
 ) -> Audit:
@@ -109,13 +163,24 @@ def audit(
 
     Args:
         model: the module that is trained, or several by name.
-        optimizers: one, several, or several by name, each watched through its own step hook; without any, only the
-        model is.
-        level: `off`, `standard` (gradients on the first 20 iterations) or `full` (on every one).
+        optimizers: one, several, or several by name; without any, only the model is watched.
+        scaler: gradient scalers; without, those of the process are found.
+        scheduler: learning-rate schedules; without, those of the process that move these parameters are found.
+        level: `off`, `standard` (the first 20 iterations in depth, later ones as `budget` allows) or `full` (every one).
+        budget: the share of an iteration's time that deep checks may cost after the first 20; None: all iterations.
         on_fault: `warn` with a `FaultWarning`, `raise` a `FaultError`, or only `collect` in `.faults`.
         accept: code -> name patterns of faults that are meant to be there.
     """
-    return Audit(model, optimizers, level=level, on_fault=on_fault, accept=accept)
+    return Audit(
+        model,
+        optimizers,
+        scaler=scaler,
+        scheduler=scheduler,
+        level=level,
+        budget=budget,
+        on_fault=on_fault,
+        accept=accept,
+    )
 
 
 def _named(optimizers: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None) -> dict[str, Optimizer]:
@@ -126,3 +191,9 @@ def _named(optimizers: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
     if isinstance(optimizers, Mapping):
         return dict(optimizers)
     return {f"optimizer{index}": optimizer for index, optimizer in enumerate(optimizers)}
+
+
+def _several(given: _T | Iterable[_T] | None, kind: type[_T]) -> list[_T] | None:
+    if given is None:
+        return None
+    return [given] if isinstance(given, kind) else list(given)  # type: ignore[call-overload]

@@ -1,46 +1,143 @@
-"""Decides which steps are looked at in depth, and looks at the model as a whole."""
+"""Watches the steps of a Trainer: decides which are looked at in depth, and looks at them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from safeloop.audit.budget import FIRST_STEPS, Budget
+from safeloop.audit.gradients import GradientWatch
 from safeloop.audit.ledger import FaultLedger
+from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
+from safeloop.audit.stretch import build_tape, is_compiled
+from safeloop.autograd.survey import survey
+from safeloop.checks.evaluation.modes import DropoutInEvaluation, GradModeLeftOff, ModeChangedInLoss, restless
+from safeloop.checks.graph.detached import PathCutByData
+from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.setup.ownership import ParameterAppearedLate
+from safeloop.checks.source import Place, at, place_of
+from safeloop.checks.stages import history_faults, trainer_call_checks
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
 
-Level = Literal["off", "standard", "full"]
+_SCANS = frozenset((5, 10, 19))
 
-FIRST_STEPS = 20
-"""At level `standard`, steps that are all looked at in depth; after them only what costs nothing is."""
+
+@dataclass(frozen=True)
+class TermEvidence:
+    """What the tape has seen of the terms of one forward."""
+
+    made: Mapping[str, Place]
+    cuts: Mapping[str, str]
 
 
 class StepAudit:
     """Watches the steps of a run: never changes a number, a random state or a mode.
 
     Args:
-        level: `off`: only what the step itself must know; `standard`: every check on the first 20 steps; `full`: on
-        every step.
+        budget: chooses the steps that are looked at in depth.
         ledger: where faults go.
-        model: watched for parameters that appear after the optimizers were built.
+        model: what is trained.
         ownership: who updated what when the run was set up.
+        holders: objects of the user's, beside the modules, whose attributes may keep graphs: the Trainer.
     """
 
-    def __init__(self, level: Level, ledger: FaultLedger, model: nn.Module, ownership: Ownership) -> None:
-        self._steps = {"off": 0, "standard": FIRST_STEPS, "full": float("inf")}[level]
+    def __init__(
+        self,
+        budget: Budget,
+        ledger: FaultLedger,
+        model: nn.Module,
+        ownership: Ownership,
+        holders: Sequence[object] = (),
+    ) -> None:
+        self.budget = budget
         self._ledger = ledger
         self._model = model
         self._ownership = ownership
+        self._holders = holders
         self._known = _names(model)
+        self._found: list[Fault] = []
+        self._gradients = GradientWatch(model)
+        self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
+        self._by_data = PathCutByData()
+        frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
+        checks = [*trainer_call_checks(model, frozen), self._by_data]
+        self._tape = build_tape(model, checks, self._found.extend)
+        self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
+        self._functions: set[type] = set()
+        self._starts: tuple[int, int] = (-1, 0)
+        self._evaluations = 0
+        self._is_told = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any step is looked at in depth."""
+        return self.budget.level != "off"
 
     def wants(self, step: int) -> bool:
         """Whether this step is looked at in depth."""
-        return step < self._steps
+        return self.budget.wants(step)
+
+    def done(self, step: int, seconds: float) -> None:
+        """A step is over, after so many seconds."""
+        was_deep = self.budget.wants(step)
+        self.budget.done(step, seconds, was_deep=was_deep)
+        if was_deep and step in _SCANS:
+            holders = [*holders_of_modules(self._model)]
+            holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
+            self.faults(list(self._lifetimes.kept(holders)), step)
+        if step + 1 == FIRST_STEPS:
+            self._tell_history(step, is_over=False)
+
+    def finish(self, step: int) -> None:
+        """The run is over: tell what only all of it shows."""
+        self._tell_history(step, is_over=True)
+
+    def _tell_history(self, step: int, *, is_over: bool) -> None:
+        if self._gradients.history.steps >= 3:
+            self.faults(history_faults(self._gradients.finish(), is_over=is_over), step)
+
+    @contextmanager
+    def looking(self, step: int, source: str) -> Iterator[None]:
+        """The call of a loss function, on a step that `wants` chose."""
+        modes = {name: module.training for name, module in restless(self._model).items()}
+        grad_mode = torch.is_grad_enabled()
+        if is_compiled(self._model):
+            yield
+        else:
+            self._tape.begin()
+            if self._starts[0] != step:
+                self._starts = (step, self._tape.first_node)
+                self._lifetimes.begin(self._tape.first_node)
+            with self._tape:
+                yield
+        if torch.is_grad_enabled() != grad_mode:
+            torch.set_grad_enabled(grad_mode)
+            self._found.append(GradModeLeftOff.of(source))
+        now = {name: module.training for name, module in restless(self._model).items()}
+        if changed := {name: mode for name, mode in now.items() if modes.get(name, mode) != mode}:
+            self._found.append(ModeChangedInLoss.of(changed, source))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The call of `metrics` on one batch; the first ones are looked at."""
+        self._evaluations += 1
+        if self.budget.level == "off" or self._evaluations > 2 or is_compiled(self._model):
+            yield
+            return
+        self._evaluation.begin()
+        with self._evaluation:
+            yield
+        self._tell(0)
 
     def forwarded(self, step: int) -> None:
-        """Find parameters that the forward created."""
+        """Find parameters that the forward created, and tell what was heard."""
+        self._tell(step)
         names = _names(self._model)
         if names == self._known:
             return
@@ -49,10 +146,58 @@ class StepAudit:
         view = SetupView(self._model, self._ownership)
         self._ledger.add(ParameterAppearedLate.find(view, appeared), step)
 
+    def evidence(self, returned: Mapping[str, Any]) -> TermEvidence:
+        """The line that made each term, and where its gradient path was cut."""
+        made: dict[str, Place] = {}
+        cuts: dict[str, str] = {}
+        for name, term in returned.items():
+            tensor = term[0] if isinstance(term, tuple) and term else term
+            if not isinstance(tensor, Tensor):
+                continue
+            if (place := place_of(self._tape.site_of(tensor))) is not None:
+                made[name] = place
+            marks = [mark for mark in self._tape.marks_of(tensor) if mark.kind == "cut"]
+            if marks and not tensor.requires_grad:
+                cuts[name] = f"cut by {marks[0].reason} at {at(marks[0].site, 'an unknown line')}"
+        return TermEvidence(made, cuts)
+
+    def differentiating(
+        self, step: int, roots: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter], source: str
+    ) -> None:
+        """Look at the graphs of the loss terms, before the backward pass."""
+        tape, terms = self._tape, list(roots.values())
+        found = survey(*terms, since=self._starts[1])
+        faults = list(self._lifetimes.reached(found, tape, None, step))
+        faults += self._by_data.visited(found.numbers)
+        for kind, args in list(tape.functions.items()):
+            if kind not in self._functions:
+                self._functions.add(kind)
+                faults += [fault] if (fault := CustomGradientWrong.of(kind, args)) is not None else []
+        history = self._gradients.history
+        for name, term in roots.items():
+            history.term_sites[name] = at(tape.site_of(term), source)
+            if history.terms_zero.get(name, 0) >= 0:
+                is_zero = not bool(term.detach().any())
+                history.terms_zero[name] = history.terms_zero.get(name, 0) + 1 if is_zero else -1
+        self._gradients.before(terms, tape, wanted)
+        self.faults(faults, step)
+
+    def differentiated(self, step: int, parameters: Mapping[str, nn.Parameter], source: str) -> None:
+        """Look at the gradients, before the update."""
+        self._gradients.after(parameters, self._tape, source)
+
+    def failed(self) -> list[Fault]:
+        """What is known of an error that a backward pass has raised."""
+        return list(self._lifetimes.suspicion())
+
     def faults(self, faults: list[Fault], step: int) -> None:
         """Record warnings; raise `FaultError` where one is an error."""
         if faults:
             self._ledger.add(faults, step)
+
+    def _tell(self, step: int) -> None:
+        found, self._found[:] = list(self._found), []
+        self.faults(found, step)
 
 
 def _names(model: nn.Module) -> set[str]:

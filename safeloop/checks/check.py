@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from safeloop.faults import Fault, FaultError, Severity
+
+if TYPE_CHECKING:
+    from safeloop.autograd.tape import Call
+    from safeloop.checks.events import Event, LoopState
 
 
 class Check:
@@ -38,3 +43,26 @@ class Check:
     def error(cls, what: str, *, where: str = "", why: str = "", fix: str = "") -> FaultError:
         """This check's fault as an exception, ready to be raised."""
         return FaultError(cls.fault(what, where=where, why=why, fix=fix, severity="error"))
+
+
+class EventCheck(Check):
+    """A check of the order in which things happen to gradients, in a loop that is not ours; one instance for a watch."""
+
+    @abstractmethod
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """Faults that show with this event; `state` is that from before it."""
+
+    def close(self, state: LoopState) -> Iterator[Fault]:
+        """Faults that only the end of the watch shows."""
+        return iter(())
+
+
+class CallCheck(Check):
+    """A check of what torch functions are called with; one instance for a watch, heard on steps looked at in depth."""
+
+    hears: ClassVar[frozenset[str]]
+    """the functions that it wants to hear"""
+
+    @abstractmethod
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Faults that show with this call, which has run."""

@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 
-import torch
+from safeloop.autograd.sites import SAFELOOP, Site, code_name
+from safeloop.autograd.sites import is_user_code as _is_user_code
 
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_SAFELOOP = str(Path(__file__).resolve().parents[1]) + os.sep
 _SOURCE = re.compile(r"^(?P<path>.+):(?P<line>\d+)(?: in (?P<name>.+))?$")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -40,15 +39,20 @@ class Place:
         return f"{shown_path(self.path)}:{self.line}{name}{text}"
 
 
+def at(site: Site | None, otherwise: str) -> str:
+    """`path:line in name: `source`` of a site, or other words where it is not known."""
+    return otherwise if site is None else str(Place(*site))
+
+
 def shown_path(path: str) -> str:
     """`path` relative to the current directory where it lies below it."""
     full, here = os.path.abspath(path), os.getcwd() + os.sep
     return full[len(here) :] if full.startswith(here) else path
 
 
-def code_name(code: CodeType) -> str:
-    """The qualified name of a code object (its plain name before Python 3.11)."""
-    return str(getattr(code, "co_qualname", code.co_name)).replace(".<locals>", "")
+def place_of(site: Site | None) -> Place | None:
+    """The place of a site that was noted while the code ran."""
+    return None if site is None else Place(*site)
 
 
 def where_defined(function: object) -> str:
@@ -83,13 +87,12 @@ def user_frame(traceback: TracebackType | None) -> tuple[FrameType, Place] | Non
 
 
 def is_user_code(frame: FrameType) -> bool:
-    """Whether a frame runs a file that belongs neither to torch nor to safeloop."""
-    path = os.path.abspath(frame.f_code.co_filename)
-    return not path.startswith((_TORCH, _SAFELOOP)) and os.path.exists(path)
+    """Whether a frame runs code that is neither torch's nor safeloop's nor Python's own."""
+    return _is_user_code(frame.f_code)
 
 
 def _is_ours(frame: FrameType) -> bool:
-    return os.path.abspath(frame.f_code.co_filename).startswith(_SAFELOOP)
+    return os.path.abspath(frame.f_code.co_filename).startswith(SAFELOOP)
 
 
 def _ran_below_safeloop(frame: FrameType) -> bool:

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
+from safeloop.checks.check import CallCheck, EventCheck
+from safeloop.checks.evaluation.modes import DropoutInEvaluation, FrozenStatistics, LeftInEvalMode, StatisticsFromValidation
+from safeloop.checks.gradients.flow import AlwaysZero, ExplodingGradient, NoGradient, TermAlwaysZero, VanishingGradient
+from safeloop.checks.gradients.history import History
+from safeloop.checks.graph.leaves import GradientOfNonLeaf
+from safeloop.checks.graph.recomputed import CheckpointRunsTwice
+from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
+from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
+from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.scaling import ClippedWhileScaled, EveryUpdateSkipped, ScaledUpdate, ScaleUpdatedTooEarly
+from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
+from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
+from safeloop.checks.update.steps import FrozenButMoving, FrozenDuringTraining, OptimizerNeverSteps, UpdatedWithoutPart
+from safeloop.checks.update.windows import TailWindow, UnevenMicroBatches
+from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed, SteppedAgain, StepWithoutGradients
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
@@ -59,6 +76,64 @@ def term_faults(view: TermsView) -> list[Fault]:
 def gradient_faults(view: GradientsView) -> list[Fault]:
     """Which loss terms and gradients are not finite, terms first. It reads every gradient: only for a bad norm."""
     return [fault for check in _GRADIENTS for fault in check.find(view)]
+
+
+def history_faults(view: History, *, is_over: bool) -> list[Fault]:
+    """What the gradients of the steps that were looked at show together; nothing is read from the device.
+
+    What may change later in a healthy run, such as a weight that is zero at first, is told when the run is over.
+    """
+    checks = (NoGradient, AlwaysZero, VanishingGradient, ExplodingGradient)
+    found = [fault for check in checks for fault in check.find(view)]
+    if is_over:
+        return _errors_first([*found, *TermAlwaysZero.find(view)])
+    return _errors_first(fault for fault in found if not (fault.code == AlwaysZero.code and "factor" in fault.why))
+
+
+def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
+    """The checks that hear calls of torch functions; `frozen` are ids of the parameters frozen from the start."""
+    return [
+        BroadcastInLoss(),
+        ProbabilitiesAsLogits(),
+        PenaltyWithoutGraph(),
+        PenaltyThroughBatchNorm(),
+        CheckpointRunsTwice(),
+        GradientOfNonLeaf(),
+        FrozenStatistics(model, frozen),
+    ]
+
+
+def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
+    """The same for a loop that is not ours, which evaluates by itself."""
+    return [*trainer_call_checks(model, frozen), DropoutInEvaluation(), StatisticsFromValidation()]
+
+
+def event_checks(model: nn.Module) -> list[EventCheck]:
+    """The checks of the order of events in a loop that is not ours."""
+    return [
+        GradientsNotZeroed(),
+        GradientsDiscarded(),
+        StepWithoutGradients(),
+        SteppedAgain(),
+        GradientsMixed(),
+        LossCountedTwice(),
+        ClosureKeepsGradients(),
+        OptimizerNeverSteps(),
+        UpdatedWithoutPart(),
+        FrozenButMoving(),
+        FrozenDuringTraining(),
+        ClippedWhileScaled(),
+        ScaledUpdate(),
+        EveryUpdateSkipped(),
+        ScaleUpdatedTooEarly(),
+        ClipWithoutEffect(),
+        ScheduleBeforeStep(),
+        ScheduleOfAnotherOptimizer(),
+        LearningRateZero(),
+        UnevenMicroBatches(),
+        TailWindow(),
+        LeftInEvalMode(model),
+    ]
 
 
 def _errors_first(faults: Iterable[Fault]) -> list[Fault]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from safeloop.checks.source import Place
+
 
 @dataclass(frozen=True)
 class Ownership:
@@ -59,6 +61,10 @@ class TermsView:
     """term name -> patterns over parameter names, for terms that declare what they train"""
     source: str
     """where the loss function is defined: `examples/digits.py:41 in Digits.losses`"""
+    made: Mapping[str, Place] = field(default_factory=dict)
+    """term name -> the line that made it, on the steps that are looked at in depth"""
+    cuts: Mapping[str, str] = field(default_factory=dict)
+    """term name -> where its gradient path was cut, and by what"""
 
 
 @dataclass(frozen=True)

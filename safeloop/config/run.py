@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from safeloop.checks.config.run import BadRunName
 from safeloop.checks.registry import FILES
-from safeloop.component import Bool, Component, Int
+from safeloop.component import Bool, Component, Float, Int
 from safeloop.config.inputs import BatchPath, InputPath
 from safeloop.config.losses import INPUTS, AnyLoss
 from safeloop.data.config import DataConfig
@@ -157,6 +157,8 @@ class AuditSection(Component):
 
     level: Literal["off", "standard", "full"] = "standard"
     """standard: what costs nothing, and the first steps in depth; full: every check on every step"""
+    budget: Float | None = Field(default=0.01, ge=0, le=1)
+    """share of the step time that deep checks may cost after the first 20 steps; null: every step is looked at"""
     accept: dict[CheckCode, tuple[str, ...]] = Field(default_factory=dict)
     """code -> name patterns whose faults are accepted, visible in the plan"""
 

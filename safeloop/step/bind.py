@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
@@ -29,7 +30,7 @@ from safeloop.step.precision import GradientScale, Precision
 from safeloop.step.report import Frame, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
-from safeloop.step.terms import TermReader, no_mapping
+from safeloop.step.terms import Evidence, TermReader, no_mapping
 
 Operation = Callable[[Frame], None]
 Losses = Callable[[Any], Mapping[str, Any]]
@@ -38,11 +39,35 @@ Losses = Callable[[Any], Mapping[str, Any]]
 class Observer(Protocol):
     """Watches steps and never changes them."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any step is looked at in depth."""
+
+    def done(self, step: int, seconds: float) -> None:
+        """A step is over, after so many seconds."""
+
     def wants(self, step: int) -> bool:
         """Whether this step is looked at in depth."""
 
+    def looking(self, step: int, source: str) -> AbstractContextManager[None]:
+        """The call of a loss function, on a step that `wants` chose."""
+
     def forwarded(self, step: int) -> None:
         """Look at the model after the forward of a step that `wants` chose."""
+
+    def evidence(self, returned: Mapping[str, Any]) -> Evidence:
+        """What was seen of the terms while they were computed."""
+
+    def differentiating(
+        self, step: int, roots: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter], source: str
+    ) -> None:
+        """Look at the graphs of the loss terms, before the backward pass of such a step."""
+
+    def differentiated(self, step: int, parameters: Mapping[str, nn.Parameter], source: str) -> None:
+        """Look at the gradients, before the update of such a step."""
+
+    def failed(self) -> list[Fault]:
+        """What is known of an error that a backward pass has raised."""
 
     def faults(self, faults: list[Fault], step: int) -> None:
         """Record warnings; raise `FaultError` where one is an error."""
@@ -108,11 +133,15 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
     precision, model, source = parts.precision, parts.model, reader.rules.source
     is_plain_format = precision.format == "fp32"
     has_special = reader.has_special
+    wanted = {name: reader.rules.parameters[name] for name in reader.rules.owned}
 
     def forward(frame: Frame) -> None:
         frame.source = source
         try:
-            if is_plain_format:
+            if frame.is_audited:
+                with observer.looking(frame.report.step, source), precision.autocast():
+                    returned = losses(frame.batch)
+            elif is_plain_format:
                 returned = losses(frame.batch)
             else:
                 with precision.autocast():
@@ -130,16 +159,21 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             returned = reader.due(returned, frame.report.step)
         is_plain = reader.read(returned, frame)
         if not is_plain or frame.is_audited:
-            observer.faults(reader.faults(returned, is_first=frame.report.step == 0), frame.report.step)
+            evidence = observer.evidence(returned) if frame.is_audited else None
+            found = reader.faults(returned, is_first=frame.report.step == 0, evidence=evidence)
+            observer.faults(found, frame.report.step)
         if not is_plain:
             reader.read_unusual(returned, frame)
+        if frame.is_audited:
+            roots = dict(zip(frame.root_names, frame.roots, strict=True))
+            observer.differentiating(frame.report.step, roots, wanted, source)
 
     return forward
 
 
 def _bind_backward(node: Backward, parts: Parts) -> Operation:
     source, model, scale = parts.readers[node.phase].rules.source, parts.model, parts.precision.scale
-    measures_cut = parts.measures_cut
+    measures_cut, observer = parts.measures_cut, parts.observer
     tensors = [tensor for name in node.owners for tensor in parts.owners[name].tensors]
     measure = None if parts.exact_every is None else exact_norms(lambda _: tensors, parts.exact_every, scale)
 
@@ -155,7 +189,7 @@ def _bind_backward(node: Backward, parts: Parts) -> Operation:
             else:
                 torch.autograd.backward(frame.roots, seeds)
         except RuntimeError as error:
-            _explain(error, source, model)
+            _explain(error, source, model, observer.failed() if frame.is_audited else ())
             raise
         frame.roots, frame.seeds, frame.root_names = [], [], []
 
@@ -183,6 +217,7 @@ def _bind_unscale(node: Unscale, parts: Parts) -> Operation:
 def _bind_finite(node: Finite, parts: Parts) -> Operation:
     owners, gate, keeper = [parts.owners[name] for name in node.owners], parts.gate, parts.keeper
     must_reach, observer = parts.has_declared_phases, parts.observer
+    parameters = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
 
     def finite(frame: Frame) -> None:
         try:
@@ -193,6 +228,8 @@ def _bind_finite(node: Finite, parts: Parts) -> Operation:
             raise
         if frame.is_skipped and keeper is not None:
             keeper.restore()
+        if frame.is_audited:
+            observer.differentiated(frame.report.step, parameters, frame.source)
         if must_reach and frame.is_audited and frame.report.step == 0:
             observer.faults(_idle(frame, owners), frame.report.step)
 
@@ -287,8 +324,9 @@ def _keep_geometry(frame: Frame, geometry: Geometry | None, scale: GradientScale
     frame.report.geometry = [*others, TermGeometry(names, norms, geometry.cosines, geometry.pairs)]
 
 
-def _explain(error: RuntimeError, source: str, model: nn.Module) -> None:
+def _explain(error: RuntimeError, source: str, model: nn.Module, known: Sequence[Fault] = ()) -> None:
     """Raise the fault that explains torch's own error; return where we cannot say more than torch does."""
     fault = translate(error, terms_source=source, model=model)
     if fault is not None:
-        raise FaultError(fault) from error
+        first, *others = [*known, fault]
+        raise FaultError(first, others) from error

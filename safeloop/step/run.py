@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,7 +70,9 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
         FaultError: before any parameter has been changed by what it is about.
     """
     report = StepReport(step)
-    is_audited = program.observer.wants(step)
+    observer = program.observer
+    started = time.perf_counter() if observer.is_on else 0.0
+    is_audited = observer.wants(step)
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
     if program.custom is not None:
@@ -85,6 +88,8 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
         frame = Frame(report)
         for operate in program.closing:
             operate(frame)
+    if observer.is_on:
+        observer.done(step, time.perf_counter() - started)
     return report
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from safeloop.checks.source import Place
 from safeloop.checks.stages import term_faults
 from safeloop.checks.terms.values import TermIsNotATensor
 from safeloop.checks.views import TermsView
@@ -47,6 +48,18 @@ class TermRules:
             trains=self.trains,
             source=self.source,
         )
+
+
+class Evidence(Protocol):
+    """What the audit has seen of the terms while they were computed."""
+
+    @property
+    def made(self) -> Mapping[str, Place]:
+        """The line that made each term."""
+
+    @property
+    def cuts(self) -> Mapping[str, str]:
+        """Where the gradient path of a term was cut."""
 
 
 class WeightSchedule(Protocol):
@@ -106,9 +119,12 @@ class TermReader:
         """Whether some term is not due on every step or has a weight that changes."""
         return bool(self.rules.every or self.rules.schedules)
 
-    def faults(self, returned: Mapping[str, Any], *, is_first: bool) -> list[Fault]:
-        """What the term checks say of these terms, most specific first."""
-        return term_faults(self.rules.view(returned, is_first=is_first))
+    def faults(self, returned: Mapping[str, Any], *, is_first: bool, evidence: Evidence | None = None) -> list[Fault]:
+        """What the term checks say of these terms, most specific first; `evidence` is what a tape has seen of them."""
+        view = self.rules.view(returned, is_first=is_first)
+        if evidence is not None:
+            view = replace(view, made=evidence.made, cuts=evidence.cuts)
+        return term_faults(view)
 
     def _take(self, frame: Frame, name: str, root: Tensor, seed: Tensor, value: Tensor) -> None:
         frame.roots.append(root)

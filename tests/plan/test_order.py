@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from safeloop.audit.budget import Budget
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.checks.views import Ownership
@@ -54,7 +55,7 @@ def run_plan(plan: StepPlan) -> nn.Module:
     owners = {"main": Owner("main", optimizer, parameters, clipping=ClipByNorm(0.5))}
     ownership = Ownership(dict.fromkeys(parameters, "main"))
     reader = TermReader(TermRules(parameters, frozenset(parameters), source="here"))
-    observer = StepAudit("full", FaultLedger(), model, ownership)
+    observer = StepAudit(Budget("full"), FaultLedger(), model, ownership)
     losses = {"train": lambda x: {"loss": model(x).square().mean()}}
     precision = Precision("fp32", torch.device("cpu"))
     parts = Parts(model, losses, {"train": reader}, owners, ImmediateGate(), observer, precision)

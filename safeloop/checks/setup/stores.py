@@ -9,7 +9,8 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from safeloop.checks.source import Place, code_name
+from safeloop.autograd.sites import code_name
+from safeloop.checks.source import Place
 
 
 @dataclass(frozen=True)

@@ -43,5 +43,9 @@ def read_terms(view: TermsView) -> Iterator[ReadTerm]:
 def where(view: TermsView, term: str) -> str:
     """Where the loss function is, and its lines that make and return this term."""
     lines = [f"line {place.line}: `{place.text}`" for place in term_lines(view.source, term)]
+    made = view.made.get(term)
+    if made is not None and f"line {made.line}: `{made.text}`" not in lines:
+        lines.append(f"made at {made}")
     shown = "; ".join([*lines[:_SHOWN], *(["..."] if len(lines) > _SHOWN else [])])
-    return f"loss term `{term}`, {view.source}" + (f"; {shown}" if shown else "")
+    cut = f"; {view.cuts[term]}" if term in view.cuts else ""
+    return f"loss term `{term}`, {view.source}" + (f"; {shown}" if shown else "") + cut

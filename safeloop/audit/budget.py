@@ -1,0 +1,72 @@
+"""When a step is looked at in depth: at first always, later as often as a share of the step time allows."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Level = Literal["off", "standard", "full"]
+
+FIRST_STEPS = 20
+"""At level `standard`, steps that are all looked at in depth; they lie outside the budget."""
+_SMOOTH = 0.2
+_LEAST_GAP = 50
+
+
+class Budget:
+    """Chooses the steps of deep checks.
+
+    Args:
+        level: `off`: none; `standard`: the first 20, those that are asked for, and as many as `share` allows; `full`: all.
+        share: the fraction of the time of a plain step that deep checks may cost, measured while running; None: all
+            steps; 0: none after the first ones.
+    """
+
+    def __init__(self, level: Level, share: float | None = 0.01) -> None:
+        self.level = "full" if level == "standard" and share is None else level
+        self._share = share or 0.0
+        self._plain = 0.0
+        self._deep = 0.0
+        self._num_plain = 0
+        self._next = FIRST_STEPS
+        self._is_asked = False
+        self._spent = 0.0
+
+    def ask(self) -> None:
+        """The next step is to be looked at: something has changed, or went wrong."""
+        self._is_asked = True
+
+    def wants(self, step: int) -> bool:
+        """Whether a step, counted from 0, is looked at in depth."""
+        if self.level != "standard":
+            return self.level == "full"
+        return step < FIRST_STEPS or self._is_asked or (step == self._next and self._num_plain >= 5)
+
+    def done(self, step: int, seconds: float, *, was_deep: bool) -> None:
+        """Take the time of a step that is over."""
+        self._is_asked = False
+        if was_deep:
+            self._spent += max(0.0, seconds - self._plain) if self._plain else 0.0
+            self._deep = seconds if not self._deep else (1 - _SMOOTH) * self._deep + _SMOOTH * seconds
+        else:
+            self._num_plain += 1
+            self._plain = seconds if not self._plain else (1 - _SMOOTH) * self._plain + _SMOOTH * seconds
+        if step >= self._next:
+            self._next = step + (self.gap if self._num_plain >= 5 else 10) if self._share else -1
+
+    @property
+    def gap(self) -> int:
+        """Steps from one deep step to the next that keep the cost within the share."""
+        if not self._share or self._plain <= 0:
+            return _LEAST_GAP
+        return max(_LEAST_GAP, math.ceil(max(0.0, self._deep - self._plain) / (self._share * self._plain)))
+
+    def take_spent_ms(self) -> float:
+        """The milliseconds that deep checks have cost since the last call; those of the first 20 steps do not count."""
+        spent, self._spent = 1e3 * self._spent, 0.0
+        return spent
+
+    @property
+    def extra_ms(self) -> float:
+        """What a deep step costs more than a plain one, in milliseconds; 0 while one of them is unknown."""
+        return 1e3 * max(0.0, self._deep - self._plain) if self._plain and self._deep else 0.0

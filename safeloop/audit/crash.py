@@ -1,0 +1,87 @@
+"""What an error that ended somebody's loop means, told as faults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from safeloop.checks.events import Update
+from safeloop.checks.gradients.flow import NoGradient
+from safeloop.checks.graph.saved import SavedTensorChanged
+from safeloop.checks.graph.torch_errors import translate
+from safeloop.checks.source import at, user_frame
+from safeloop.checks.wording import listed
+from safeloop.faults import Fault
+
+if TYPE_CHECKING:
+    from safeloop.audit.foreign import LoopWatch
+
+_CHANGED = re.compile(r"modified by an inplace operation: \[[\w.]+ \[(?P<shape>[\d, ]*)\]\]")
+_REDUCTION = "Expected to have finished reduction in the prior iteration"
+
+
+def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[Fault]:
+    """The faults that explain an error of torch's, most specific first; none where we cannot say more than torch."""
+    message = str(error)
+    if not isinstance(error, RuntimeError):
+        return []
+    return [*_stepped_between(error, message, model, watch), *_unreduced(message, watch), *_translated(error, model)]
+
+
+def _translated(error: RuntimeError, model: nn.Module) -> Iterator[Fault]:
+    found = user_frame(error.__traceback__)
+    where = "the loop" if found is None else str(found[1])
+    fault = translate(error, terms_source=where, model=model)
+    if fault is not None:
+        yield fault
+
+
+def _stepped_between(error: RuntimeError, message: str, model: nn.Module, watch: LoopWatch) -> Iterator[Fault]:
+    """A backward pass through weights that an optimizer has changed since the forward."""
+    match = _CHANGED.search(message)
+    if match is None:
+        return
+    shape = [int(n) for n in match["shape"].split(",") if n.strip()]
+    parameters = dict(model.named_parameters())
+    for event in reversed(watch.journal.state.order):
+        if not isinstance(event, Update) or event.was_skipped:
+            continue
+        names = [
+            name
+            for name in sorted(watch.journal.state.owners[event.owner])
+            if name in parameters and list(parameters[name].shape) in (shape, shape[::-1])
+        ]
+        if not names:
+            continue
+        found = user_frame(error.__traceback__)
+        place = "the backward pass" if found is None else str(found[1])
+        yield SavedTensorChanged.fault(
+            f"a backward pass goes through {listed(names)} as they were before the step of `{event.owner}`, which has "
+            "changed them since the forward",
+            where=f"{place}; step of `{event.owner}`: {at(event.site, 'unknown')}",
+            why="the graph was made with the old weights, and its derivative needs them",
+            fix="run all backward passes before any step (keep the graph with retain_graph=True), or run the forward again "
+            "after the step",
+            names=names,
+        )
+        return
+
+
+def _unreduced(message: str, watch: LoopWatch) -> Iterator[Fault]:
+    """DistributedDataParallel waits for gradients that never come."""
+    if _REDUCTION not in message:
+        return
+    traces = watch.gradients.history.traces
+    names = [name for name, trace in traces.items() if trace.steps and trace.absent == trace.steps]
+    if names:
+        yield NoGradient.fault(
+            f"DistributedDataParallel waits for the gradients of {listed(names)}, which took no part in the loss",
+            where=watch.gradients.history.where,
+            why="it averages a gradient over the processes once every parameter of its bucket has one",
+            fix="use these parameters in the forward, freeze them before wrapping the model, or pass "
+            "`find_unused_parameters=True`",
+            names=names,
+        )

@@ -1,0 +1,167 @@
+"""Keeps the history of every parameter's gradients, and finds out why one is missing or zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from safeloop.autograd.norms import each_norm
+from safeloop.autograd.survey import survey
+from safeloop.autograd.tape import Tape
+from safeloop.autograd.zeros import Stop, ZeroTrace
+from safeloop.checks.gradients.flow import TINY
+from safeloop.checks.gradients.history import Cause, History, Trace
+
+_SURELY = 2
+"""Steps with a gradient of zeros after which the operation that stops it is looked for."""
+
+
+class GradientWatch:
+    """Looks at gradients on the steps of the audit. Reading them waits for the device.
+
+    Args:
+        model: whose parameters they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.history = History(dimensions={name: p.dim() for name, p in model.named_parameters()})
+        self._model = model
+        self._trace: ZeroTrace | None = None
+        self._reached: set[str] = set()
+        self._ever: set[str] = set()
+        self._usage: dict[str, int] = {}
+        self._tapes = 0
+
+    def before(self, roots: Sequence[Tensor], tape: Tape, wanted: Mapping[str, nn.Parameter]) -> None:
+        """Before a backward pass: why it misses parameters, and hooks where zeros are to be explained."""
+        found = survey(*roots)
+        ids = {id(p): name for name, p in wanted.items()}
+        self._reached |= {ids[key] for key in found.leaves if key in ids}
+        self._ever |= self._reached
+        self._tapes += 1
+        bits = {name: 1 << i for i, name in enumerate(tape.names)}
+        for name in wanted:
+            bit = bits.get(name, 0)
+            self._usage[name] = self._usage.get(name, 0) + bool(tape.used & bit)
+            if bit and found.is_complete and name not in self._reached:
+                self._of(name).cause = cause_of(bit, tape, roots)
+        zeros = [t for t in self.history.traces.values() if t.zero >= _SURELY and t.zero + t.absent == t.steps]
+        if any(t.cause is None for t in zeros):
+            if self._trace is not None:
+                self._trace.finish()
+            self._trace = ZeroTrace(roots)
+
+    def after(self, parameters: Mapping[str, nn.Parameter], tape: Tape | None, where: str) -> None:
+        """After the backward passes of a step: what gradients these parameters have."""
+        if self._trace is not None and tape is not None:
+            self._explain(self._trace.finish(), parameters, tape)
+            self._trace = None
+        present = {name: p.grad for name, p in parameters.items() if p.grad is not None and p.requires_grad}
+        norms = dict(zip(present, _norms(list(present.values())), strict=True))
+        finite = [norm for norm in norms.values() if math.isfinite(norm)]
+        top = max(finite, default=0.0)
+        self.history.steps += 1
+        self.history.where = where
+        self.history.total = max(self.history.total, top)
+        for name, parameter in parameters.items():
+            if not parameter.requires_grad:
+                continue
+            trace = self._of(name)
+            trace.steps += 1
+            norm = norms.get(name)
+            if norm is None:
+                trace.absent += name not in self._ever
+            elif norm == 0:
+                trace.zero += 1
+            elif math.isfinite(norm):
+                trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
+                trace.tiny += norm < TINY * top
+            if name in norms and trace.cause is not None and trace.cause.kind != "zero":
+                trace.cause = None
+        self._reached.clear()
+
+    def finish(self) -> History:
+        """The history, with the parameters of modules that are chosen by the data."""
+        self.history.routed = frozenset(_routed(self._model, self._usage, self._tapes))
+        return self.history
+
+    def _of(self, name: str) -> Trace:
+        return self.history.traces.setdefault(name, Trace())
+
+    def _explain(self, stops: Sequence[Stop], parameters: Mapping[str, nn.Parameter], tape: Tape) -> None:
+        for name, parameter in parameters.items():
+            trace = self.history.traces.get(name)
+            if trace is None or not trace.zero or trace.cause is not None:
+                continue
+            stop = next((stop for stop in stops if id(parameter) in stop.leaves), None)
+            if stop is not None:
+                origin = tape.origins.get(stop.number)
+                trace.cause = Cause(
+                    _why_zero(stop.name), origin.site if origin else None, origin.module if origin else "", "zero"
+                )
+
+
+def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
+    """Why the parameter that a bit stands for is not reached from the roots, by what the tape has seen."""
+    on_the_way = [m for root in roots for m in tape.marks_of(root) if m.kind == "cut" and m.live & bit]
+    if on_the_way:
+        mark = on_the_way[0]
+        return Cause(f"their value reaches the loss without a gradient path: cut by {mark.reason}", mark.site, mark.module)
+    elsewhere = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
+    if elsewhere:
+        mark = elsewhere[0]
+        text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
+        return Cause(text, mark.site, mark.module, "escape")
+    if tape.used & bit:
+        return Cause("they are used, but nothing that is computed from them reaches a loss", kind="escape")
+    return Cause("no torch function was ever called with them: the forward does not use them", kind="unused")
+
+
+_WHY_ZERO = {
+    "Relu": "every unit of this ReLU is inactive for the whole batch: its derivative is zero there",
+    "Threshold": "every unit is below the threshold for the whole batch",
+    "Clamp": "the clamp is saturated for every element: its derivative is zero there",
+    "Hardtanh": "every element is saturated: the derivative is zero there",
+    "Hardsigmoid": "every element is saturated: the derivative is zero there",
+    "Mul": "the other factor is zero",
+    "Round": "rounding has the derivative zero everywhere",
+    "Floor": "floor has the derivative zero everywhere",
+    "Ceil": "ceil has the derivative zero everywhere",
+    "Sign": "the sign has the derivative zero everywhere",
+    "Where": "the other branch is chosen for every element",
+    "Max": "the other argument is larger for every element",
+    "Sigmoid": "every element is saturated, so that the derivative underflows to zero",
+    "Tanh": "every element is saturated, so that the derivative underflows to zero",
+    "Softmax": "the softmax is saturated, so that its derivative underflows to zero",
+}
+
+
+def _why_zero(node: str) -> str:
+    for name, text in _WHY_ZERO.items():
+        if node.startswith(name):
+            return f"{node} lets no gradient through: {text}"
+    return f"{node} lets no gradient through: its derivative is zero at these values"
+
+
+def _norms(gradients: list[Tensor]) -> list[float]:
+    if not gradients:
+        return []
+    with torch.no_grad():
+        return [float(norm) for norm in each_norm([g.coalesce()._values() if g.is_sparse else g for g in gradients])]
+
+
+def _routed(model: nn.Module, usage: Mapping[str, int], times: int) -> Iterable[str]:
+    """Parameters of members of a ModuleList or ModuleDict of which other members are used on some steps only."""
+    for path, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        members: dict[str, list[str]] = {}
+        for name in usage:
+            if name.startswith(f"{path}." if path else ""):
+                members.setdefault(name.removeprefix(f"{path}." if path else "").partition(".")[0], []).append(name)
+        counts = {key: max(usage[name] for name in names) for key, names in members.items()}
+        if any(0 < count < times for count in counts.values()):
+            yield from (name for key, names in members.items() for name in names)

@@ -1,0 +1,179 @@
+"""Finds graphs that outlive their iteration: those that a loss reaches back to, and those that somebody keeps."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safeloop.audit.shims import autocast_depth
+from safeloop.autograd.sites import Site, is_user_code
+from safeloop.autograd.survey import Survey, leaves_below
+from safeloop.autograd.tape import Tape
+from safeloop.checks.graph.lifetime import GraphReachesBack, GraphsKept, StaleCasts
+from safeloop.checks.source import at
+from safeloop.checks.wording import counted, listed
+from safeloop.faults import Fault
+
+_MOST = 20_000
+_GROWN = 4
+"""So many earlier iterations must a kept graph span before it counts as growing."""
+
+
+class Lifetimes:
+    """Looks at graphs that are older than the iteration.
+
+    Args:
+        names: id of a parameter -> its name.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names
+        self._starts: list[int] = []
+        self._suspect: Fault | None = None
+        self._told: set[str] = set()
+
+    def begin(self, first_node: int) -> None:
+        """An iteration begins, whose first node will have this sequence number."""
+        self._starts.append(first_node)
+
+    def reached(self, found: Survey, tape: Tape, site: Site | None, iteration: int) -> Iterator[Fault]:
+        """Faults of a backward pass whose graph has edges into an earlier iteration.
+
+        At once for stale autocast copies; for others when the graph spans two earlier iterations, since one may be a
+        loop that makes the graph of the next iteration ahead. `suspect` holds the fault meanwhile.
+        """
+        for node, older in found.old:
+            leaves = [self._names[key] for key in leaves_below(older) if key in self._names]
+            if not leaves:
+                continue
+            origin = tape.origins.get(node._sequence_nr())
+            place = at(origin.site, origin.name) if origin is not None else at(site, "the backward pass")
+            if older.name().startswith("ToCopy") and autocast_depth():
+                yield from self._once(_stale(leaves, site, iteration))
+                continue
+            fault = _reaches_back(older, leaves, place, site)
+            self._suspect = fault
+            if len(self._starts) > 1 and older._sequence_nr() < self._starts[-2]:
+                yield from self._once(fault)
+
+    def suspicion(self) -> Iterator[Fault]:
+        """The fault of a graph that reached back, after a backward pass has failed."""
+        if self._suspect is not None:
+            yield from self._once(self._suspect)
+
+    def kept(self, holders: Iterable[tuple[str, Any]]) -> Iterator[Fault]:
+        """Faults of values by name that keep graphs of several earlier iterations."""
+        if len(self._starts) <= _GROWN or GraphReachesBack.code in self._told:
+            return
+        for name, value in holders:
+            spans: set[int] = set()
+            for tensor in _tensors(value):
+                spans |= self._spanned(tensor)
+            if len(spans) >= _GROWN and name not in self._told:
+                self._told.add(name)
+                yield GraphsKept.fault(
+                    f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with each",
+                    where=f"`{name}`",
+                    why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory grows, "
+                    "and a later backward pass would go through all of it",
+                    fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` under "
+                    "torch.no_grad()",
+                    names=(name,),
+                )
+
+    def _spanned(self, tensor: Tensor) -> set[int]:
+        """The earlier iterations, the last one left out, that a tensor's graph has nodes of."""
+        if tensor.grad_fn is None:
+            return set()
+        spans: set[int] = set()
+        waiting: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = set(waiting)
+        last = len(self._starts) - 1
+        while waiting and len(seen) < _MOST:
+            node = waiting.pop()
+            number = node._sequence_nr()
+            index = bisect.bisect_right(self._starts, number) - 1
+            if index < last - 1:
+                spans.add(index)
+                if len(spans) >= _GROWN:
+                    return spans
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen and "AccumulateGrad" not in following.name():
+                    seen.add(following)
+                    waiting.append(following)
+        return spans
+
+    def _once(self, fault: Fault) -> Iterator[Fault]:
+        if fault.code not in self._told:
+            self._told.add(fault.code)
+            yield fault
+
+
+def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) -> Fault:
+    return GraphReachesBack.fault(
+        f"the loss reaches back into the graph of an earlier iteration, through `{older.name()}`, to {listed(leaves)}",
+        where=f"{place}; {at(site, 'backward')}",
+        why="a state that is carried from batch to batch was not detached: each backward pass goes through all iterations "
+        "before it, whose weights have changed since. retain_graph=True only hides the first error",
+        fix="cut it at the border: `state = state.detach()` before the next batch",
+        names=leaves,
+    )
+
+
+def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:
+    return StaleCasts.fault(
+        f"the forward uses a copy of {listed(leaves)} that autocast made in an earlier iteration, before the last update",
+        where=f"iteration {iteration}; {at(site, 'the backward pass')}",
+        why="autocast keeps its copies of the weights until the outermost region ends; a region around the whole loop "
+        "never ends, so training goes on with old weights",
+        fix="open `with torch.autocast(...)` around each forward, not around the loop (an outer region with "
+        "enabled=False has the same effect)",
+        names=leaves,
+    )
+
+
+def holders_of_frames(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+    """Local variables of the user's functions that are running, and the attributes of their `self`."""
+    while frame is not None:
+        if is_user_code(frame.f_code):
+            names = frame.f_locals
+            for name, value in list(names.items()):
+                if name == "self" and not isinstance(value, nn.Module):
+                    yield from ((f"self.{key}", held) for key, held in vars_of(value).items())
+                else:
+                    yield name, value
+            if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(names, dict):
+                names.clear()  # before Python 3.13 a snapshot that the frame keeps: it would keep what it shows alive
+        frame = frame.f_back
+
+
+def holders_of_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of the modules that are neither parameters nor buffers nor modules."""
+    for path, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if not key.startswith("_"):
+                yield f"{path}.{key}" if path else key, value
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object."""
+    return dict(getattr(value, "__dict__", {}))
+
+
+def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+        for item in list(value)[-200:]:
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, dict):
+        for item in list(value.values())[-200:]:
+            yield from _tensors(item, depth - 1)
+
+

@@ -1,0 +1,77 @@
+"""A stretch of steps that are looked at in depth: the tape with everything that listens to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from torch import nn
+from torch.overrides import _get_current_function_mode
+
+from safeloop.autograd.tape import Call, Listener, Tape
+from safeloop.checks.check import CallCheck
+from safeloop.faults import Fault
+
+
+def build_tape(
+    model: nn.Module,
+    checks: Iterable[CallCheck],
+    handle: Callable[[list[Fault]], None],
+    listeners: dict[str, list[Listener]] | None = None,
+) -> Tape:
+    """A tape over which these checks listen; what they find is handled at once."""
+    heard: dict[str, list[Listener]] = {name: list(who) for name, who in (listeners or {}).items()}
+    for check in checks:
+        for name in check.hears:
+            heard.setdefault(name, []).append(_listener(check, handle))
+    return Tape(model, heard)
+
+
+def _listener(check: CallCheck, handle: Callable[[list[Fault]], None]) -> Listener:
+    def hear(call: Call) -> None:
+        if faults := list(check.hear(call)):
+            handle(faults)
+
+    return hear
+
+
+class OpenTape:
+    """A tape that stays on over the iterations of a loop that is not ours, and is taken off between two of them.
+
+    A mode is the top of a stack: where the loop has put one of its own above it, ours is made deaf until it can go.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.is_on = False
+
+    def on(self) -> None:
+        """Switch on, with an empty tape."""
+        self.tape.begin()
+        self.tape.is_deaf = False
+        if not self.is_on:
+            self.tape.__enter__()
+            self.is_on = True
+
+    def off(self) -> None:
+        """Switch off."""
+        if not self.is_on:
+            return
+        if _get_current_function_mode() is self.tape:
+            self.tape.__exit__(None, None, None)
+            self.is_on = False
+        else:
+            self.tape.is_deaf = True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs a part of the model: a tape cannot see into it, and would make it compile again."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    optimized = getattr(dynamo, "OptimizedModule", ()) if dynamo is not None else ()
+    with suppress(AttributeError):
+        for module in model.modules():
+            if isinstance(module, optimized) or module._compiled_call_impl is not None:
+                return True
+    return False
+

@@ -1,0 +1,64 @@
+"""Where in the user's code something happens: the innermost frame outside torch and safeloop."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+import torch
+
+TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+SAFELOOP = str(Path(__file__).resolve().parents[1]) + os.sep
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+_TYPED_IN = ("<stdin>", "<ipython", "<python-input")
+
+_is_user: dict[CodeType, bool] = {}
+"""Whether a code object is the user's; files do not change sides, so the answer is kept."""
+
+
+class Site(NamedTuple):
+    """A line of the user's code."""
+
+    path: str
+    line: int
+    name: str
+    """the qualified name of the function"""
+
+
+def is_user_code(code: CodeType) -> bool:
+    """Whether a code object comes from a file, or a prompt, that is neither torch's nor safeloop's nor Python's own."""
+    known = _is_user.get(code)
+    if known is None:
+        known = _is_user[code] = _is_user_file(code.co_filename)
+    return known
+
+
+def _is_user_file(name: str) -> bool:
+    if name.startswith("<"):
+        return name.startswith(_TYPED_IN)
+    path = os.path.abspath(name)
+    if path.startswith((TORCH, SAFELOOP)):
+        return False
+    return not path.startswith(_STDLIB) or "site-packages" in path
+
+
+def code_name(code: CodeType) -> str:
+    """The qualified name of a code object (its plain name before Python 3.11)."""
+    return str(getattr(code, "co_qualname", code.co_name)).replace(".<locals>", "")
+
+
+def user_frame(depth: int = 1) -> FrameType | None:
+    """The innermost frame of the user's, from the caller's `depth`-th frame up; None where there is none."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and not is_user_code(frame.f_code):
+        frame = frame.f_back
+    return frame
+
+
+def site_of(frame: FrameType) -> Site:
+    """The line that a frame is on."""
+    return Site(frame.f_code.co_filename, frame.f_lineno, code_name(frame.f_code))

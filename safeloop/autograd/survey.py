@@ -1,0 +1,73 @@
+"""What a backward pass from a tensor would visit: leaves and nodes, with their ages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from safeloop.autograd.walk import _OPAQUE
+
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+@dataclass(slots=True)
+class Survey:
+    """A walk over the graph of some tensors. Cost: about 2 us for each node."""
+
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    """id -> leaf whose `.grad` the pass would fill"""
+    numbers: set[int] = field(default_factory=set)
+    """sequence numbers of the inner nodes"""
+    old: list[tuple[Any, Any]] = field(default_factory=list)
+    """edges (node, older node) from this iteration's part of the graph into nodes that are older than `since`"""
+    is_complete: bool = True
+    """False where a re-entrant checkpoint hides a part of the graph"""
+
+
+def survey(*roots: Tensor, since: int = 0) -> Survey:
+    """Walk from `roots` to the leaves; nodes with a sequence number below `since` count as old and are not entered."""
+    found = Survey()
+    waiting: list[Any] = []
+    seen: set[Any] = set()
+    for root in roots:
+        if root.grad_fn is None:
+            if root.requires_grad:
+                found.leaves[id(root)] = root
+        elif root.grad_fn not in seen:
+            seen.add(root.grad_fn)
+            waiting.append(root.grad_fn)
+    while waiting:
+        node = waiting.pop()
+        name = node.name()
+        if name == _LEAF:
+            found.leaves[id(node.variable)] = node.variable
+            continue
+        found.numbers.add(node._sequence_nr())
+        if name == _OPAQUE:
+            found.is_complete = False
+        for following, _ in node.next_functions:
+            if following is None or following in seen:
+                continue
+            seen.add(following)
+            if following.name() != _LEAF and following._sequence_nr() < since:
+                found.old.append((node, following))
+            else:
+                waiting.append(following)
+    return found
+
+
+def leaves_below(node: Any) -> dict[int, Tensor]:
+    """id -> leaf, of what lies below a node."""
+    leaves: dict[int, Tensor] = {}
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current.name() == _LEAF:
+            leaves[id(current.variable)] = current.variable
+        for following, _ in current.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return leaves

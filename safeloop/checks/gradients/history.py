@@ -1,0 +1,56 @@
+"""What the gradients of each parameter were over the steps that were looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from safeloop.autograd.sites import Site
+
+
+@dataclass(slots=True)
+class Cause:
+    """Why a parameter has no gradient, or only zeros."""
+
+    text: str
+    """`cut by detach()`, `never used`, ..."""
+    site: Site | None = None
+    module: str = ""
+    kind: str = "cut"
+    """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`"""
+
+
+@dataclass(slots=True)
+class Trace:
+    """One parameter over the steps that were looked at."""
+
+    steps: int = 0
+    absent: int = 0
+    """steps without a gradient"""
+    zero: int = 0
+    """steps with a gradient of zeros"""
+    unused: int = 0
+    """steps on which no torch function was called with it, of those that a tape has seen"""
+    tiny: int = 0
+    """steps on which its norm was below 1e-12 of the largest one"""
+    largest: float = 0.0
+    smallest: float = float("inf")
+    cause: Cause | None = None
+
+
+@dataclass(slots=True)
+class History:
+    """Everything that the gradient checks look at: data, filled by the audit."""
+
+    traces: dict[str, Trace] = field(default_factory=dict)
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    """parameter -> how many dimensions it has"""
+    steps: int = 0
+    where: str = ""
+    terms_zero: dict[str, int] = field(default_factory=dict)
+    """loss term -> steps on which it was exactly 0 although it has a graph; removed once it was not"""
+    term_sites: dict[str, str] = field(default_factory=dict)
+    total: float = 0.0
+    """the largest norm of all gradients together"""
+    routed: frozenset[str] = frozenset()
+    """parameters of modules that share a container with others that are used on some steps only"""

@@ -1,0 +1,107 @@
+"""Gradient penalties written by hand with `torch.autograd.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from safeloop.autograd.tape import Call, Mark
+from safeloop.checks.check import CallCheck
+from safeloop.checks.graph.recomputed import updates_statistics
+from safeloop.checks.source import at
+from safeloop.checks.wording import listed
+from safeloop.faults import Fault
+
+_SUMS = "add __add__ __radd__ add_ __iadd__ sub __sub__ __rsub__ stack".split()
+
+
+class PenaltyWithoutGraph(CallCheck):
+    """A gradient penalty is added to a loss, and was computed without create_graph.
+
+    ## Source
+    https://github.com/ooples/AiDotNet/issues/1844; documentation of `torch.autograd.grad`.
+    """
+
+    code = "SL422"
+    title = "penalty without create_graph"
+    hears = frozenset(("grad", *_SUMS))
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Where a scalar that comes from `autograd.grad(create_graph=False)` alone is added to one with a graph."""
+        if call.name == "grad":
+            if not call.kwargs.get("create_graph") and call.caller is not None:
+                for tensor in call.out if isinstance(call.out, tuple) else ():
+                    if isinstance(tensor, Tensor):
+                        call.tape.mark(tensor, Mark("gradient", "grad", "", call.site, call.tape.module, 0))
+            return
+        scalars = [t for t in call.tensors if not t.dim()]
+        if len(scalars) < 2 or not any(t.requires_grad for t in scalars):
+            return
+        for tensor in scalars:
+            mark = next((m for m in call.tape.marks_of(tensor) if m.kind == "gradient"), None)
+            if tensor.requires_grad or mark is None:
+                continue
+            place = at(mark.site, "torch.autograd.grad")
+            if place not in self._told:
+                self._told.add(place)
+                yield self.fault(
+                    "a penalty computed from torch.autograd.grad(..., create_graph=False) is added to the loss: it is a "
+                    f"constant there, value {float(tensor):.4g}",
+                    where=f"{place}; added at {at(call.site, 'the loss')}",
+                    why="without create_graph=True the gradients have no history: the penalty is part of the loss that is "
+                    "logged, and trains nothing",
+                    fix="pass create_graph=True to torch.autograd.grad, or let a Trainer do it by `self.penalty(...)`",
+                )
+
+
+class PenaltyThroughBatchNorm(CallCheck):
+    """A gradient penalty per sample is taken through batch normalisation in train mode, which mixes the samples.
+
+    ## Source
+    https://github.com/pytorch/pytorch/issues/4422; Gulrajani et al., "Improved Training of Wasserstein GANs", 2017,
+    section 4: "No critic batch normalization".
+    """
+
+    code = "SL423"
+    title = "penalty through batch normalisation"
+    severity = "warning"
+    hears = frozenset(("grad", "batch_norm"))
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Where a gradient with respect to a batch of inputs is differentiated again, through batch_norm."""
+        tape = call.tape
+        if call.name == "batch_norm":
+            if updates_statistics(call) or call.kwargs.get("training") or (len(call.args) > 5 and call.args[5]):
+                kind = type(tape.running).__name__ if tape.running is not None else "batch_norm"
+                tape.mark(call.out, Mark("batch_norm", kind, "", call.site, tape.module, 0))
+            return
+        if not call.kwargs.get("create_graph"):
+            return
+        outputs, inputs = _tensors(call, 0, "outputs"), _tensors(call, 1, "inputs")
+        if not any(t.dim() > 1 and len(t) > 1 and not tape.live(t) for t in inputs):
+            return
+        mixed = {m.module: m for t in outputs for m in tape.marks_of(t) if m.kind == "batch_norm"}
+        place = at(call.site, "torch.autograd.grad")
+        if not mixed or place in self._told:
+            return
+        self._told.add(place)
+        yield self.fault(
+            f"the gradient with respect to a batch of inputs runs through BatchNorm in train mode: {listed(mixed)} "
+            f"({next(iter(mixed.values())).name})",
+            where=place,
+            why="each output depends on every sample of the batch, so what is penalised is not the gradient of one sample",
+            fix="use LayerNorm, GroupNorm or InstanceNorm there, or put the normalisation into eval mode for the penalty",
+            names=tuple(mixed),
+        )
+
+
+def _tensors(call: Call, position: int, name: str) -> list[Tensor]:
+    value = call.args[position] if len(call.args) > position else call.kwargs.get(name, ())
+    return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]

@@ -1,0 +1,114 @@
+"""Micro-batches of one accumulation window that do not count as they should."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from safeloop.checks.check import EventCheck
+from safeloop.checks.events import Backward, Event, LoopState, Update
+from safeloop.checks.source import at
+from safeloop.faults import Fault
+
+_UNEVEN = 1.5
+"""Micro-batches whose sizes differ by less than this factor are not worth a word."""
+
+
+def _window(event: Update, state: LoopState) -> list[Backward]:
+    """The backward passes that a step uses, oldest first."""
+    held = [state.held[name] for name in state.owners[event.owner] & state.held.keys()]
+    if any(h.is_manual for h in held):
+        return []
+    passes = {b.number: b for h in held for b in h.passes[h.used :]}
+    return [passes[number] for number in sorted(passes)]
+
+
+class UnevenMicroBatches(EventCheck):
+    """Micro-batches with different numbers of values are averaged as if they were of one size.
+
+    ## Source
+    https://github.com/huggingface/transformers/pull/34191; https://github.com/huggingface/transformers/issues/37766.
+    """
+
+    code = "SL649"
+    title = "uneven micro-batches weighted equally"
+    severity = "warning"
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """At the second window of means over numbers of values that differ by half or more."""
+        if not isinstance(event, Update) or event.has_closure or not state.is_known:
+            return
+        passes = _window(event, state)
+        counts = _counts(passes)
+        if counts is None or max(counts) < _UNEVEN * min(counts):
+            return
+        self._times[event.owner] += 1
+        if self._times[event.owner] != 2:
+            return
+        yield self.fault(
+            f"the {len(passes)} micro-batches of one step average their loss over {', '.join(map(str, counts))} tokens or "
+            "samples, and count the same",
+            where=at(passes[-1].site, f"step of `{event.owner}`"),
+            why="a mean of means gives a token of a short micro-batch more weight than one of a long one; the gradient is "
+            "not that of the whole batch",
+            fix='sum the loss (`reduction="sum"`) and divide by the number of tokens of the whole window; in a Trainer '
+            "`accumulate.weight_by: tokens` does it",
+            names=(event.owner,),
+        )
+
+
+def _counts(passes: Sequence[Backward]) -> list[int] | None:
+    """The number of values that each micro-batch averaged over, where all did it on one line with one weight."""
+    if len(passes) < 2 or len({p.site for p in passes}) > 1:
+        return None
+    if any(len(p.counts) != 1 or (p.factor is not None and math.isnan(p.factor)) for p in passes):
+        return None
+    if len({p.factor for p in passes}) > 1 or len({p.counts[0][0] for p in passes}) > 1:
+        return None
+    return [p.counts[0][1] for p in passes]
+
+
+class TailWindow(EventCheck):
+    """The last, shorter accumulation window is divided by the length of a full one.
+
+    ## Source
+    https://github.com/Lightning-AI/pytorch-lightning/issues/19987; https://github.com/timoschick/pet/issues/36.
+    """
+
+    code = "SL652"
+    title = "short window divided by the full length"
+    severity = "warning"
+
+    def __init__(self) -> None:
+        self._full: dict[str, int] = {}
+        self._was_told = False
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """At the first window that has fewer micro-batches than the number that each loss is divided by."""
+        if self._was_told or not isinstance(event, Update) or event.has_closure or not state.is_known:
+            return
+        passes = _window(event, state)
+        factors = {p.factor for p in passes}
+        if not passes or len(factors) > 1 or len({p.site for p in passes}) > 1:
+            return
+        factor = passes[0].factor
+        if factor is None or not 0 < factor <= 0.5:
+            return
+        length = round(1 / factor)
+        if len(passes) == length and abs(factor * length - 1) < 1e-9:
+            self._full[event.owner] = length
+        if self._full.get(event.owner) != length or len(passes) >= length:
+            return
+        self._was_told = True
+        yield self.fault(
+            f"this step of `{event.owner}` has {len(passes)} micro-batches, and each loss is divided by {length}",
+            where=f"{at(event.site, 'the step')}; the loss: {at(passes[-1].site, 'unknown')}",
+            why=f"the last window of an epoch is shorter: its gradient comes out {length / len(passes):.3g} times too "
+            "small",
+            fix="divide by the number of micro-batches that the window really has",
+            names=(event.owner,),
+        )
