@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
 import os
 import sys
 import sysconfig
@@ -62,3 +64,16 @@ def user_frame(depth: int = 1) -> FrameType | None:
 def site_of(frame: FrameType) -> Site:
     """The line that a frame is on."""
     return Site(frame.f_code.co_filename, frame.f_lineno, code_name(frame.f_code))
+
+
+def call_text(frame: FrameType) -> str:
+    """The source of the call that a frame is in; before Python 3.11, its line."""
+    code, line = frame.f_code, frame.f_lineno
+    if not hasattr(code, "co_positions"):
+        return linecache.getline(code.co_filename, line)
+    position = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None), (None, None, None, None))
+    first, last, start, end = position
+    if first is None or last is None:
+        return linecache.getline(code.co_filename, line)
+    lines = [linecache.getline(code.co_filename, number) for number in range(first, last + 1)]
+    return lines[0].encode()[start:end].decode(errors="replace") if first == last else "".join(lines)

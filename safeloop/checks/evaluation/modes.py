@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import swa_utils
 
+from safeloop.autograd.sites import call_text
 from safeloop.autograd.tape import Call, Mark
 from safeloop.checks.check import CallCheck, Check, EventCheck
 from safeloop.checks.events import Backward, Event, Iteration, LoopState
@@ -200,7 +201,7 @@ class DropoutInEvaluation(CallCheck):
     def hear(self, call: Call) -> Iterator[Fault]:
         """Where a module in eval mode calls dropout without saying whether it trains."""
         module = call.tape.running
-        if module is None or module.training or not call.is_direct and call.name != "scaled_dot_product_attention":
+        if module is None or module.training or (not call.is_direct and call.name != "scaled_dot_product_attention"):
             return
         if not _drops(call):
             return
@@ -223,10 +224,9 @@ def _drops(call: Call) -> bool:
     if call.name == "scaled_dot_product_attention":
         p = call.kwargs.get("dropout_p", call.args[4] if len(call.args) > 4 else 0.0)
         return bool(p) and not isinstance(call.tape.running, nn.MultiheadAttention)
-    if "training" in call.kwargs or len(call.args) > 2:
+    if not call.kwargs.get("training", True) or not call.kwargs.get("p", 0.5):
         return False
-    p = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
-    return bool(p)
+    return call.frame is not None and "training" not in call_text(call.frame)  # said on purpose: Monte Carlo dropout
 
 
 class FrozenStatistics(CallCheck):
