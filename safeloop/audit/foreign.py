@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -22,7 +21,7 @@ from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck, EventCheck
-from safeloop.checks.events import Backward, Event, Iteration, LoopState, Schedule, ScaleUpdate, Unscale, Update
+from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
@@ -250,5 +249,3 @@ def _named(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, n
                     known.add(id(tensor))
                     named[f"{owner}[{g}][{i}]"] = tensor
     return named
-
-

@@ -109,7 +109,9 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
     on_the_way = [m for root in roots for m in tape.marks_of(root) if m.kind == "cut" and m.live & bit]
     if on_the_way:
         mark = on_the_way[0]
-        return Cause(f"their value reaches the loss without a gradient path: cut by {mark.reason}", mark.site, mark.module)
+        return Cause(
+            f"their value reaches the loss without a gradient path: cut by {mark.reason}", mark.site, mark.module
+        )
     elsewhere = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
     if elsewhere:
         mark = elsewhere[0]

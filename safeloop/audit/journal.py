@@ -255,4 +255,3 @@ def user_site() -> Site | None:
     """The line of the user's that is running."""
     frame = user_frame(2)
     return None if frame is None else site_of(frame)
-

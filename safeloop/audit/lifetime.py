@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from safeloop.audit.shims import autocast_depth
@@ -169,11 +168,9 @@ def vars_of(value: Any) -> dict[str, Any]:
 def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif depth and isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+    elif (depth and isinstance(value, (list, tuple, set, frozenset))) or type(value).__name__ == "deque":
         for item in list(value)[-200:]:
             yield from _tensors(item, depth - 1)
     elif depth and isinstance(value, dict):
         for item in list(value.values())[-200:]:
             yield from _tensors(item, depth - 1)
-
-

@@ -74,4 +74,3 @@ def is_compiled(model: nn.Module) -> bool:
             if isinstance(module, optimized) or module._compiled_call_impl is not None:
                 return True
     return False
-

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -192,7 +192,10 @@ class Tape(TorchFunctionMode):
         out = func(*args, **kwargs)
         frame = self._follow(name, tensors, out)
         if listeners:
-            self._tell(listeners, Call(self, name, args, kwargs, out, frame or user_frame(2), tensors, _calling(sys._getframe(1))))
+            self._tell(
+                listeners,
+                Call(self, name, args, kwargs, out, frame or user_frame(2), tensors, _calling(sys._getframe(1))),
+            )
         return out
 
     def live(self, tensor: Tensor) -> int:
@@ -264,9 +267,7 @@ class Tape(TorchFunctionMode):
             self._cut(name, tensors, out, live, user_frame(3))
         return frame
 
-    def _cut(
-        self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None
-    ) -> int:
+    def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
         source = next((t for t in tensors if self.live(t)), None)
         node = None if source is None or source.grad_fn is None else source.grad_fn._sequence_nr()
         made = "" if source is None else self._state(source).maker
@@ -310,7 +311,7 @@ class Tape(TorchFunctionMode):
                     hear(call)
                 except (FaultError, KeyboardInterrupt):
                     raise
-                except Exception as error:  # noqa: BLE001 - a slip of ours must not end somebody's training
+                except Exception as error:
                     self.broken.append(error)
 
     def _entered(self, module: nn.Module, args: Any) -> None:

@@ -49,7 +49,13 @@ FILES: dict[str, str] = {
     "SL305": "graph/derivatives.py",  # NoSecondDerivative
     "SL306": "graph/derivatives.py",  # TensorWithoutGraph
     "SL307": "graph/derivatives.py",  # GradientOfNonScalar
-    # SL4: loss terms
+    "SL310": "graph/lifetime.py",  # GraphReachesBack
+    "SL311": "graph/lifetime.py",  # GraphsKept
+    "SL312": "graph/recomputed.py",  # CheckpointRunsTwice (warning)
+    "SL313": "graph/functions.py",  # CustomGradientWrong (warning)
+    "SL314": "graph/detached.py",  # PathCutByData (warning)
+    "SL315": "graph/leaves.py",  # GradientOfNonLeaf
+    # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
     "SL403": "terms/values.py",  # TermIsNotScalar
@@ -63,8 +69,17 @@ FILES: dict[str, str] = {
     "SL411": "terms/simultaneous.py",  # TermWithoutTrains
     "SL412": "terms/simultaneous.py",  # TermReachesNothingItTrains
     "SL413": "terms/phases.py",  # PhaseReachesNothing
+    "SL420": "terms/misuse.py",  # BroadcastInLoss (warning)
+    "SL421": "terms/misuse.py",  # ProbabilitiesAsLogits (warning)
+    "SL422": "terms/hand_made.py",  # PenaltyWithoutGraph
+    "SL423": "terms/hand_made.py",  # PenaltyThroughBatchNorm (warning)
+    "SL424": "gradients/flow.py",  # TermAlwaysZero (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
+    "SL502": "gradients/flow.py",  # NoGradient
+    "SL503": "gradients/flow.py",  # AlwaysZero (warning)
+    "SL504": "gradients/flow.py",  # VanishingGradient (warning)
+    "SL505": "gradients/flow.py",  # ExplodingGradient (warning)
     # SL6: update, optimizer and schedule
     "SL601": "update/order.py",  # StepOutOfOrder
     "SL602": "update/order.py",  # SkippedTooOften
@@ -82,8 +97,36 @@ FILES: dict[str, str] = {
     "SL620": "update/combine.py",  # TermsShareNoFeatures
     "SL621": "update/combine.py",  # CombinationFailed
     "SL622": "update/combine.py",  # TermsInseparable
+    "SL630": "update/zeroing.py",  # GradientsNotZeroed
+    "SL631": "update/zeroing.py",  # GradientsDiscarded
+    "SL632": "update/zeroing.py",  # StepWithoutGradients
+    "SL633": "update/sharing.py",  # GradientsMixed
+    "SL634": "update/sharing.py",  # LossCountedTwice (warning)
+    "SL635": "update/steps.py",  # OptimizerNeverSteps
+    "SL636": "update/steps.py",  # UpdatedWithoutPart (warning)
+    "SL637": "update/sharing.py",  # ClosureKeepsGradients
+    "SL638": "update/zeroing.py",  # SteppedAgain (warning)
+    "SL640": "update/clip_order.py",  # ClipWithoutEffect
+    "SL641": "update/scaling.py",  # ClippedWhileScaled
+    "SL642": "update/scaling.py",  # ScaledUpdate
+    "SL643": "update/scaling.py",  # EveryUpdateSkipped
+    "SL644": "update/scaling.py",  # ScaleUpdatedTooEarly
+    "SL645": "update/schedule_order.py",  # ScheduleBeforeStep
+    "SL646": "update/schedule_order.py",  # ScheduleOfAnotherOptimizer (warning)
+    "SL647": "update/schedule_order.py",  # LearningRateZero
+    "SL648": "graph/lifetime.py",  # StaleCasts
+    "SL649": "update/windows.py",  # UnevenMicroBatches (warning)
+    "SL650": "update/steps.py",  # FrozenDuringTraining (warning)
+    "SL651": "update/steps.py",  # FrozenButMoving (warning)
+    "SL652": "update/windows.py",  # TailWindow (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
+    "SL702": "evaluation/modes.py",  # StatisticsFromValidation
+    "SL703": "evaluation/modes.py",  # LeftInEvalMode
+    "SL704": "evaluation/modes.py",  # DropoutInEvaluation (warning)
+    "SL705": "evaluation/modes.py",  # ModeChangedInLoss (warning)
+    "SL706": "evaluation/modes.py",  # FrozenStatistics (warning)
+    "SL707": "evaluation/modes.py",  # GradModeLeftOff
     # SL85: data and environment
     "SL851": "data/source.py",  # EmptyData
     "SL852": "data/source.py",  # BatchCannotMove

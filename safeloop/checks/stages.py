@@ -7,13 +7,26 @@ from collections.abc import Iterable
 from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
-from safeloop.checks.evaluation.modes import DropoutInEvaluation, FrozenStatistics, LeftInEvalMode, StatisticsFromValidation
+from safeloop.checks.evaluation.modes import (
+    DropoutInEvaluation,
+    FrozenStatistics,
+    LeftInEvalMode,
+    StatisticsFromValidation,
+)
 from safeloop.checks.gradients.flow import AlwaysZero, ExplodingGradient, NoGradient, TermAlwaysZero, VanishingGradient
 from safeloop.checks.gradients.history import History
+from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
+from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
+from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
+from safeloop.checks.terms.declared import DeclaredTermMissing
+from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
 from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
+from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
+from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
 from safeloop.checks.update.scaling import ClippedWhileScaled, EveryUpdateSkipped, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
@@ -21,14 +34,6 @@ from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed
 from safeloop.checks.update.steps import FrozenButMoving, FrozenDuringTraining, OptimizerNeverSteps, UpdatedWithoutPart
 from safeloop.checks.update.windows import TailWindow, UnevenMicroBatches
 from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed, SteppedAgain, StepWithoutGradients
-from safeloop.checks.gradients.nonfinite import NonFiniteGradient
-from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
-from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
-from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
-from safeloop.checks.terms.declared import DeclaredTermMissing
-from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
-from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
-from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.views import GradientsView, SetupView, TermsView
 from safeloop.faults import Fault
 

@@ -7,6 +7,7 @@ import ast
 import pytest
 
 import safeloop as sl
+from safeloop.audit import Audit
 from safeloop.checks.explain import Example, page
 from safeloop.checks.registry import FILES
 from safeloop.config import Loaded, load
@@ -35,7 +36,7 @@ def faults_of_python(text: str, path) -> list[Fault]:
             namespace["_last"] = eval(compile(last, str(path), "eval"), namespace)
     except FaultError as error:
         return [error.fault]
-    holders = [value for value in namespace.values() if isinstance(value, sl.Trainer | sl.RunResult | Loaded)]
+    holders = [value for value in namespace.values() if isinstance(value, sl.Trainer | sl.RunResult | Loaded | Audit)]
     found = [
         fault for holder in holders for fault in (holder.warnings if isinstance(holder, Loaded) else holder.faults)
     ]

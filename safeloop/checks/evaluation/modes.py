@@ -20,6 +20,7 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
+
 def restless(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that behave differently in eval mode: dropout, batch and instance normalisation."""
     return {
@@ -192,7 +193,7 @@ class DropoutInEvaluation(CallCheck):
     title = "dropout active in evaluation"
     severity = "warning"
     hears = frozenset(
-        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout scaled_dot_product_attention".split()
+        ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "scaled_dot_product_attention"]
     )
 
     def __init__(self) -> None:
@@ -209,7 +210,9 @@ class DropoutInEvaluation(CallCheck):
         if place in self._told:
             return
         self._told.add(place)
-        fix = "dropout_p=self.p if self.training else 0.0" if call.name.startswith("scaled") else "training=self.training"
+        fix = (
+            "dropout_p=self.p if self.training else 0.0" if call.name.startswith("scaled") else "training=self.training"
+        )
         yield self.fault(
             f"`{call.name}` drops values although module `{call.tape.module}` is in eval mode",
             where=place,

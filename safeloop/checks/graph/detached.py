@@ -21,7 +21,7 @@ class PathCutByData(CallCheck):
     code = "SL314"
     title = "path cut by .data"
     severity = "warning"
-    hears = frozenset("add __add__ __radd__ add_ __iadd__ cat concat concatenate stack".split())
+    hears = frozenset(["add", "__add__", "__radd__", "add_", "__iadd__", "cat", "concat", "concatenate", "stack"])
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[Site | None, str]] = {}
@@ -55,4 +55,3 @@ class PathCutByData(CallCheck):
                     names=(module,) if module else (),
                 )
         self._found.clear()
-

@@ -13,7 +13,7 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
-_SUMS = "add __add__ __radd__ add_ __iadd__ sub __sub__ __rsub__ stack".split()
+_SUMS = ["add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "__rsub__", "stack"]
 
 
 class PenaltyWithoutGraph(CallCheck):
