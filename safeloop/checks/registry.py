@@ -49,6 +49,8 @@ FILES: dict[str, str] = {
     "SL305": "graph/derivatives.py",  # NoSecondDerivative
     "SL306": "graph/derivatives.py",  # TensorWithoutGraph
     "SL307": "graph/derivatives.py",  # GradientOfNonScalar
+    "SL308": "graph/unseen.py",  # SavedTensorChangedUnseen
+    "SL309": "graph/unseen.py",  # ParameterChangedUnseen
     # SL4: loss terms
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
