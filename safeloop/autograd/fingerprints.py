@@ -37,10 +37,12 @@ def fingerprint(tensor: Tensor) -> Tensor | None:
     if not is_plain(tensor):
         return None
     tensor = tensor.detach()
-    if tensor.layout == torch.strided:
-        return _strided(tensor)
-    parts = _parts(tensor)
-    return _fold(torch.stack([_strided(part) for part in parts])) if parts else None
+    try:
+        if tensor.layout == torch.strided:
+            return _strided(tensor)
+        return _fold(torch.stack([_strided(part) for part in _parts(tensor)]))
+    except (RuntimeError, NotImplementedError):  # a view or sum that torch lacks for it, or no memory for the copy
+        return None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -74,7 +76,7 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
         by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
         outer = tensor.crow_indices() if by_row else tensor.ccol_indices()
         return outer, tensor.col_indices() if by_row else tensor.row_indices(), tensor.values()
-    return ()
+    raise NotImplementedError(tensor.layout)
 
 
 def _strided(tensor: Tensor) -> Tensor:
@@ -97,6 +99,8 @@ def _flat(tensor: Tensor) -> Tensor:
     """Every value in a row, of memory in the order in which it lies there; without a copy where that is dense."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.numel() == 1:
+        return tensor.as_strided((1,), (1,))
     if tensor.is_contiguous():
         return tensor.view(-1)
     strides = tensor.stride()
@@ -104,7 +108,8 @@ def _flat(tensor: Tensor) -> Tensor:
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-    return tensor.permute(order).contiguous().view(-1)
+    flat = tensor.permute(order).contiguous().view(-1)
+    return flat if flat.numel() != 1 else flat.as_strided((1,), (1,))
 
 
 def _fold(lanes: Tensor) -> Tensor:

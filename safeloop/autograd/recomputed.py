@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+
+from safeloop.autograd.running_node import raw_names
 
 _REENTRANT = "CheckpointFunctionBackward"
 _HOLDER = "torch.utils.checkpoint"
@@ -41,7 +43,7 @@ def recomputed_leaves(roots: Iterable[Tensor]) -> set[Tensor]:
 
 def _is_checkpointed(node: Any) -> bool:
     """Whether the node's saved tensors are placeholders of non-reentrant checkpointing."""
-    return any(type(_packed(getattr(node, name))).__module__ == _HOLDER for name in _saved_names(type(node)))
+    return any(type(_packed(getattr(node, name))).__module__ == _HOLDER for name in raw_names(node))
 
 
 def _packed(saved: Any) -> Any:
@@ -57,13 +59,8 @@ def _taken(node: Any) -> Iterator[Tensor]:
             variable = getattr(follower, "variable", None)
             if variable is not None:
                 yield variable
-        elif not _saved_names(type(follower)):
+        elif not raw_names(follower):
             waiting.extend(next_node for next_node, _ in follower.next_functions if next_node is not None)
-
-
-@functools.cache
-def _saved_names(kind: Hashable) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def _of_function(function: Callable[..., Any] | None) -> Iterator[Tensor]:

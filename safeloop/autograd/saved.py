@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import CodeType, TracebackType
 from typing import Any, Literal
 
@@ -14,51 +12,13 @@ from torch import Tensor
 
 from safeloop.autograd.default_hooks import pop, push
 from safeloop.autograd.fingerprints import fingerprint, is_plain
-from safeloop.autograd.lines import CodeLine, code_line, user_code
+from safeloop.autograd.lines import code_line, user_code
 from safeloop.autograd.names import ParameterNames
-from safeloop.autograd.writes import Write, WriteLog, storage_pointer
+from safeloop.autograd.running_node import argument_of, is_own_write, running_node, writes_itself
+from safeloop.autograd.saved_changes import Kind, SavedTensorChange, SavedTensorVersionError
+from safeloop.autograd.writes import WriteLog, storage_pointer
 
-Kind = Literal["version", "storage replaced", "values"]
 Level = Literal["version", "checksum"]
-
-
-_WRITTEN_BY_THE_OPERATION = (
-    ("BatchNorm", ("running_mean", "running_var")),
-    ("RreluWithNoise", ("noise",)),
-    ("CudnnRnn", ("dropout_state",)),
-)
-"""parts of names of nodes, and the arguments that their forward writes after they were saved, without counting it"""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedTensorChange:
-    """One saved tensor that was not the same any more when the backward pass asked for it."""
-
-    kind: Kind
-    """`version`: written in place, and counted: torch's own error follows; `storage replaced`: `.data = ...`;
-    `values`: other bits in the same memory, and no write was counted"""
-    node: str
-    """the operation that had saved it and asked for it: `SigmoidBackward0`; empty where unknown"""
-    argument: str
-    """what it is to that operation: `self`, `result`, `weight`; empty where unknown"""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    storage: int
-    """the address of its memory: the same for changes of one pass that are one write seen twice"""
-    parameter: str
-    """the full name of the parameter that it is, or is part of; empty for any other tensor"""
-    saved_at: CodeLine | None
-    """the user's line that was running when it was saved"""
-    written_by: tuple[Write, ...]
-    """writes into its storage since it was saved, where something noted them"""
-
-
-class SavedTensorVersionError(RuntimeError):
-    """What torch raises for an in-place write to a saved tensor, in its words; `change` says more."""
-
-    def __init__(self, message: str, change: SavedTensorChange) -> None:
-        super().__init__(message)
-        self.change = change
 
 
 class _Saved:
@@ -117,7 +77,6 @@ class SavedTensorGuard:
         self._checked: dict[tuple[Any, ...], Tensor | None] = {}
         self._pass = -1
         self._waiting: list[tuple[Tensor, Tensor, SavedTensorChange]] = []
-        self._asked: list[_Saved] | None = None
 
     @property
     def is_active(self) -> bool:
@@ -173,19 +132,17 @@ class SavedTensorGuard:
         if not isinstance(saved, _Saved):
             assert isinstance(saved, Tensor)
             return saved
-        if self._asked is not None:
-            self._asked.append(saved)
-            return saved.alias
         if saved.alias._version != saved.version:
-            raise self._version_error(saved)
-        node = _node()
+            change = self._change("version", saved)
+            self._report(change)
+            raise SavedTensorVersionError.of(change, saved.alias, saved.origin(), saved.version)
+        node = running_node()
         if node is None:  # someone looks at an attribute of a node: nothing is computed from it
             return saved.alias
         origin = saved.origin()
-        if origin is not None and saved.pointer and origin.data_ptr() != saved.pointer:
-            if origin.grad_fn is not node:  # of its own output a node keeps the old memory
-                self._report(self._change("storage replaced", saved))
-                return origin.detach()
+        if origin is not None and saved.pointer and origin.data_ptr() != saved.pointer and origin.grad_fn is not node:
+            self._report(self._change("storage replaced", saved))  # of its own output a node keeps the old memory
+            return origin.detach()
         if saved.checksum is not None:
             self._compare(saved, saved.checksum)
         return saved.alias
@@ -194,10 +151,10 @@ class SavedTensorGuard:
         after = self._current(saved)
         if after is None:
             return
-        if before.is_cpu:
-            if before.item() != after.item() and not _is_own_write(argument := self._argument(saved)):
+        if _is_at_hand(before):
+            if before.item() != after.item() and not is_own_write(argument := argument_of(saved)):
                 self._report(self._change("values", saved, argument))
-        elif not _is_own_write(argument := self._argument(saved) if _writes_itself() else ""):
+        elif not is_own_write(argument := argument_of(saved) if writes_itself() else ""):
             self._waiting.append((before, after, self._change("values", saved, argument)))
 
     def _current(self, saved: _Saved) -> Tensor | None:
@@ -215,12 +172,12 @@ class SavedTensorGuard:
         return self._checked[key]
 
     def _change(self, kind: Kind, saved: _Saved, argument: str | None = None) -> SavedTensorChange:
-        node = _node()
+        node = running_node()
         pointer = storage_pointer(saved.alias)
         return SavedTensorChange(
             kind=kind,
             node=node.name() if node is not None else "",
-            argument=self._argument(saved) if argument is None else argument,
+            argument=argument_of(saved) if argument is None else argument,
             shape=tuple(saved.alias.shape),
             dtype=saved.alias.dtype,
             storage=pointer,
@@ -229,60 +186,12 @@ class SavedTensorGuard:
             written_by=self._writes.since(pointer, saved.num_writes) if self._writes is not None else (),
         )
 
-    def _argument(self, saved: _Saved) -> str:
-        """What `saved` is to the running node, found by reading all that it has saved; empty where it is nothing."""
-        node = _node()
-        for name in (name for name in dir(node) if name.startswith("_saved_")):
-            self._asked = []
-            try:
-                getattr(node, name)
-                if any(asked is saved for asked in self._asked):
-                    return name.removeprefix("_saved_")
-            except RuntimeError:  # of a graph that is already freed, or hooks of someone else's
-                continue
-            finally:
-                self._asked = None
-        return ""
-
-    def _version_error(self, saved: _Saved) -> SavedTensorVersionError:
-        change = self._change("version", saved)
-        self._report(change)
-        alias, origin = saved.alias, saved.origin()
-        maker = origin.grad_fn if origin is not None else None
-        of = f", which is output {origin.output_nr} of {_short(maker.name())}," if origin is not None and maker else ""
-        return SavedTensorVersionError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{alias.type()} {list(alias.shape)}]{of} is at version {alias._version}; expected version "
-            f"{saved.version} instead. Hint: enable anomaly detection to find the operation that failed to compute "
-            "its gradient, with torch.autograd.set_detect_anomaly(True, check_nan=False).",
-            change,
-        )
-
     def _report(self, change: SavedTensorChange) -> None:
         self.findings.append(change)
         if self._on_change is not None:
             self._on_change(change)
 
 
-def _node() -> Any:
-    """The node whose backward is running in this thread; None outside of a backward pass, whatever torch's stub says."""
-    return torch._C._current_autograd_node()
-
-
-def _short(name: str) -> str:
-    """As torch writes it in this error: `Sigmoid` for `SigmoidBackward0`."""
-    return re.sub(r"Backward\d*$", "", name)
-
-
-def _writes_itself() -> bool:
-    """Whether the running node is of an operation that writes into some of its arguments, uncounted, once saved."""
-    node = _node()
-    return node is not None and any(part in node.name() for part, _ in _WRITTEN_BY_THE_OPERATION)
-
-
-def _is_own_write(argument: str) -> bool:
-    """Whether the forward of the running node itself wrote it: what changed then is no news."""
-    node = _node()
-    if getattr(node, "_saved_training", True) is False:  # running statistics are then only read
-        return False
-    return node is not None and any(part in node.name() and argument in own for part, own in _WRITTEN_BY_THE_OPERATION)
+def _is_at_hand(checksum: Tensor) -> bool:
+    """Whether its value can be read without waiting for a device."""
+    return checksum.is_cpu

@@ -6,7 +6,7 @@ import re
 
 from safeloop.checks.check import Check
 from safeloop.checks.graph.scene import Scene
-from safeloop.checks.graph.writers import joined, saved_at, suspects, written_by
+from safeloop.checks.graph.writers import joined, saved_at, saved_for, suspects, written_by
 from safeloop.faults import Fault
 
 _SAVED = re.compile(
@@ -79,9 +79,15 @@ class SavedTensorChanged(Check):
     def of(cls, scene: Scene) -> Fault:
         """The fault for an error raised by a backward pass."""
         match = _SAVED.search(scene.message)
+        users = f", saved for {saved_for(scene.change)}" if scene.change is not None else ""
         written = written_by(scene.change.written_by) if scene.change is not None else ""
         return cls.fault(
-            _saved(match) if match else "a tensor that the backward pass needs was changed in place after it was saved",
+            (
+                _saved(match)
+                if match
+                else "a tensor that the backward pass needs was changed in place after it was saved"
+            )
+            + users,
             where=joined(saved_at(scene.change), scene.where, written or suspects(scene.model, scene.terms_source)),
             why="the derivative is computed from the value that was saved; which of the lines wrote it, torch does "
             "not say",

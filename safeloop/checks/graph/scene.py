@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safeloop.autograd.saved import SavedTensorChange
+from safeloop.autograd.saved_changes import SavedTensorChange
 from safeloop.checks.setup.scan import items_of
 from safeloop.checks.source import Place, frames, is_user_code, user_frame
 

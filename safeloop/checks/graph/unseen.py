@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from safeloop.autograd.parameter_ledger import ParameterChange
-from safeloop.autograd.saved import SavedTensorChange
+from safeloop.autograd.saved_changes import SavedTensorChange
 from safeloop.checks.check import Check
-from safeloop.checks.graph.writers import joined, saved_at, suspects, written_by
+from safeloop.checks.graph.writers import joined, saved_at, saved_for, suspects, written_by
 from safeloop.faults import Fault
 
 
@@ -96,7 +96,7 @@ class SavedTensorChangedUnseen(Check):
     @classmethod
     def _of(cls, same: Sequence[SavedTensorChange], model: nn.Module, terms_source: str, where: str) -> Fault:
         first = same[-1]  # the backward pass comes to the oldest last
-        users = list(dict.fromkeys(_user(change) for change in reversed(same)))
+        users = list(dict.fromkeys(saved_for(change) for change in reversed(same)))
         is_parameter = bool(first.parameter)
         known = written_by(first.written_by)
         return cls.fault(
@@ -192,11 +192,6 @@ _KINDS = {
 def _tensor(change: SavedTensorChange) -> str:
     shape, dtype = list(change.shape), str(change.dtype).removeprefix("torch.")
     return f"parameter `{change.parameter}` {shape}" if change.parameter else f"a tensor of shape {shape} ({dtype})"
-
-
-def _user(change: SavedTensorChange) -> str:
-    argument = f" (its `{change.argument}`)" if change.argument else ""
-    return f"`{change.node}`{argument}" if change.node else "the backward pass"
 
 
 def _changed(change: SavedTensorChange) -> str:

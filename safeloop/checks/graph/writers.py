@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from safeloop.autograd.saved import SavedTensorChange
+from safeloop.autograd.saved_changes import SavedTensorChange
 from safeloop.autograd.writes import Write
 from safeloop.checks.graph.inplace import lines_that_write, modules_that_write
 from safeloop.checks.source import Place
@@ -18,6 +18,12 @@ _UNSEEN = (".data", "numpy", "dlpack", "detach", "set_")
 def saved_at(change: SavedTensorChange | None) -> str:
     """`saved at FILE:LINE`, or nothing where that is not known."""
     return f"saved at {Place(*change.saved_at)}" if change is not None and change.saved_at is not None else ""
+
+
+def saved_for(change: SavedTensorChange) -> str:
+    """The operation that had saved it, and what it is to it."""
+    argument = f" (its `{change.argument}`)" if change.argument else ""
+    return f"`{change.node}`{argument}" if change.node else "the backward pass"
 
 
 def written_by(writes: Sequence[Write]) -> str:
