@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safeloop.autograd.fingerprints import fingerprint
 from safeloop.autograd.writes import Write, WriteLog, storage_pointer
@@ -52,9 +53,27 @@ class ParameterLedger:
         self._writes = writes
         self._entries: dict[str, _Entry] = {}
         self._num_writes = 0
+        self.is_closed = False
+        """whether there is something to compare with"""
+
+    @contextmanager
+    def follow(self, model: nn.Module) -> Iterator[None]:
+        """Close the forward each time that `model` has run, so that a write later in the loss function is seen too."""
+        hook = model.register_forward_hook(lambda *_: self.close_forward())
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def open_forward(self) -> None:
+        """Forget what was remembered: a new forward begins."""
+        self._entries, self.is_closed = {}, False
 
     def close_forward(self) -> None:
-        """Remember all of them as they are now."""
+        """Remember all of them as they are now; not inside of a backward pass, where a forward is a recomputation."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self.is_closed = True
         self._num_writes = self._writes.count if self._writes is not None else 0
         self._entries = {name: _entry(parameter) for name, parameter in self._parameters.items()}
 

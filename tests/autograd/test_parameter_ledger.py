@@ -101,6 +101,21 @@ def test_before_the_first_forward_nothing_has_changed(net):
     assert ParameterLedger(dict(net.named_parameters())).changed() == ()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_model_that_is_followed_closes_the_forward_itself_and_its_recomputation_does_not(net, use_reentrant):
+    ledger = ParameterLedger(dict(net.named_parameters()))
+    with ledger.follow(net["body"]):
+        net["head"].weight.data.add_(1)  # before: part of the forward
+        loss = loss_of(net, use_reentrant)
+        assert ledger.is_closed
+        net["body"][0].weight.data.add_(1)
+        loss.backward()
+    assert [change.name for change in ledger.changed()] == ["body.0.weight"]
+    assert not net["body"]._forward_hooks
+    ledger.open_forward()
+    assert (ledger.is_closed, ledger.changed()) == (False, ())
+
+
 def test_who_wrote_is_told(net):
     log = WriteLog()
     ledger = ParameterLedger(dict(net.named_parameters()), writes=log)

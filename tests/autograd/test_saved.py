@@ -25,7 +25,7 @@ class Scale(nn.Module):
 
 
 class Scene:
-    """A forward whose pieces a test may write to before the backward pass: x -> first -> h = sigmoid -> last -> loss."""
+    """A forward whose pieces a test may write to before the backward pass: x, first, h, last, scale, y, loss."""
 
     def __init__(self, guard=None):
         torch.manual_seed(0)
@@ -321,7 +321,7 @@ def test_an_optimizer_that_steps_between_two_backward_passes_is_never_silent(kwa
     try:
         second.backward()
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        assert "modified by an inplace operation" in str(error)
     assert guard.findings[0].parameter == "2.weight"
     if "fused" not in kwargs:
         assert guard.findings[0].kind == "version"

@@ -1,4 +1,4 @@
-"""The guard beside what else uses saved tensors: other hooks, checkpointing, higher derivatives, transforms, compilers."""
+"""The guard beside what else uses saved tensors: hooks, checkpointing, higher derivatives, transforms, compilers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard must not cry wolf: writes that spoil nothing, layers that write by themselves, and long healthy training."""
+"""The guard must not cry wolf: harmless writes, layers that write by themselves, and long healthy training."""
 
 from __future__ import annotations
 

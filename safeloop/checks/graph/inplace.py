@@ -29,7 +29,7 @@ def modules_that_write(model: nn.Module) -> list[str]:
 def _forwards(model: nn.Module) -> Iterator[str]:
     for cls in dict.fromkeys(type(module) for module in model.modules()):
         forward = cls.forward
-        if isinstance(forward, FunctionType) and not forward.__module__.startswith("torch."):
+        if isinstance(forward, FunctionType) and not (forward.__module__ or "").startswith("torch."):
             yield f"{forward.__code__.co_filename}:{forward.__code__.co_firstlineno} in {forward.__qualname__}"
 
 

@@ -191,7 +191,7 @@ _KINDS = {
 
 def _tensor(change: SavedTensorChange) -> str:
     shape, dtype = list(change.shape), str(change.dtype).removeprefix("torch.")
-    return f"parameter `{change.parameter}` {shape}" if change.parameter else f"a tensor of shape {shape} ({dtype})"
+    return f"parameter `{change.parameter}`" if change.parameter else f"a tensor of shape {shape} ({dtype})"
 
 
 def _changed(change: SavedTensorChange) -> str:
