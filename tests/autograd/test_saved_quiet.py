@@ -307,7 +307,7 @@ def test_a_penalty_through_its_own_gradient_is_quiet():
     assert train(model, batch, OPTIMIZERS["SGD"](model.parameters()), 20, penalty=True) == ()
 
 
-@settings(deadline=None, max_examples=max(15, SOAK // 12))
+@settings(deadline=None, max_examples=max(15, SOAK // 8))
 @given(
     name=st.sampled_from(sorted(MODELS)),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
@@ -321,3 +321,26 @@ def test_random_healthy_training_is_quiet(name, optimizer, autocast, accumulate,
     made = OPTIMIZERS[optimizer](model.parameters())
     is_plain = name not in ("spectral norm", "weight norm", "lstm", "gru", "pooling")
     assert train(model, batch, made, 8, autocast=autocast and is_plain, accumulate=accumulate) == ()
+
+
+def test_a_conjugate_that_shares_memory_with_what_was_saved_too():
+    x = torch.randn(3, dtype=torch.complex64, requires_grad=True)
+
+    def forward():
+        y = x - 1
+        return ((y * y.conj()).real.sum(),)
+
+    assert findings(forward) == ()
+
+
+def test_running_statistics_matter_in_eval_mode_and_only_there():
+    """The derivative of a normalisation by running statistics reads them; that by the batch's own does not."""
+    for is_training in (True, False):
+        norm = nn.BatchNorm1d(3).train(is_training)
+        x = torch.randn(4, 3, requires_grad=True)
+
+        def forward(norm=norm, x=x):
+            return (norm(x).square().sum(),)
+
+        found = findings(forward, lambda made, norm=norm: norm.running_var.data.mul_(2))
+        assert [change.argument for change in found] == ([] if is_training else ["running_var"])
