@@ -49,6 +49,8 @@ FILES: dict[str, str] = {
     "SL305": "graph/derivatives.py",  # NoSecondDerivative
     "SL306": "graph/derivatives.py",  # TensorWithoutGraph
     "SL307": "graph/derivatives.py",  # GradientOfNonScalar
+    "SL308": "graph/unseen.py",  # SavedTensorChangedUnseen
+    "SL309": "graph/unseen.py",  # ParameterChangedUnseen
     "SL310": "graph/lifetime.py",  # GraphReachesBack
     "SL311": "graph/lifetime.py",  # GraphsKept
     "SL312": "graph/recomputed.py",  # CheckpointRunsTwice (warning)

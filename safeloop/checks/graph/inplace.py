@@ -29,7 +29,7 @@ def modules_that_write(model: nn.Module) -> list[str]:
 def _forwards(model: nn.Module) -> Iterator[str]:
     for cls in dict.fromkeys(type(module) for module in model.modules()):
         forward = cls.forward
-        if isinstance(forward, FunctionType) and not forward.__module__.startswith("torch."):
+        if isinstance(forward, FunctionType) and not (forward.__module__ or "").startswith("torch."):
             yield f"{forward.__code__.co_filename}:{forward.__code__.co_firstlineno} in {forward.__qualname__}"
 
 
@@ -47,7 +47,11 @@ def _is_write(node: ast.AST) -> bool:
     if isinstance(node, ast.AugAssign):
         return True
     if isinstance(node, ast.Assign):
-        return any(isinstance(t, ast.Subscript) and not _is_key(t.slice) for t in node.targets)
+        return any(
+            (isinstance(t, ast.Subscript) and not _is_key(t.slice))
+            or (isinstance(t, ast.Attribute) and t.attr == "data")
+            for t in node.targets
+        )
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         name = node.func.attr
         return name.endswith("_") and not name.startswith("_") and name not in _HARMLESS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from safeloop.checks.check import Check
-from safeloop.checks.graph.inplace import lines_that_write, modules_that_write
 from safeloop.checks.graph.scene import Scene
+from safeloop.checks.graph.writers import joined, saved_at, saved_for, suspects, written_by
 from safeloop.faults import Fault
 
 _SAVED = re.compile(
@@ -26,7 +26,7 @@ class SavedTensorChanged(Check):
     ## Why it is bad
     The derivative of sigmoid, for one, is computed from its output. When that has been overwritten, the gradient is
     wrong. torch notices by a version counter, but only at the backward pass, without the line. Writes through `.data`
-    or numpy are not counted.
+    or numpy are not counted: SL308.
 
     ## Bad
     ```python
@@ -79,13 +79,16 @@ class SavedTensorChanged(Check):
     def of(cls, scene: Scene) -> Fault:
         """The fault for an error raised by a backward pass."""
         match = _SAVED.search(scene.message)
-        lines = "; ".join(map(str, lines_that_write(scene.model, scene.terms_source)[:6]))
-        modules = ", ".join(modules_that_write(scene.model)[:6])
-        suspects = f"; lines that write in place: {lines}" * bool(lines)
-        suspects += f"; modules with inplace=True: {modules}" * bool(modules)
+        users = f", saved for {saved_for(scene.change)}" if scene.change is not None else ""
+        written = written_by(scene.change.written_by) if scene.change is not None else ""
         return cls.fault(
-            _saved(match) if match else "a tensor that the backward pass needs was changed in place after it was saved",
-            where=scene.where + suspects,
+            (
+                _saved(match)
+                if match
+                else "a tensor that the backward pass needs was changed in place after it was saved"
+            )
+            + users,
+            where=joined(saved_at(scene.change), scene.where, written or suspects(scene.model, scene.terms_source)),
             why="the derivative is computed from the value that was saved; which of the lines wrote it, torch does "
             "not say",
             fix="write out of place (`h = h + x` for `h += x`, `x.sub(y)` for `x.sub_(y)`, `inplace=False`), or "

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from safeloop.autograd.saved_changes import SavedTensorChange
 from safeloop.checks.setup.scan import items_of
 from safeloop.checks.source import Place, frames, is_user_code, user_frame
 
@@ -29,12 +30,15 @@ class Scene:
     """the innermost module of the model that was running: `` `0` (MaskedLinear)``; empty where none was"""
     inference: tuple[str, ...]
     """inference tensors among the local variables of the user's functions"""
+    change: SavedTensorChange | None = None
+    """what a guard of saved tensors knows of it, where one was on"""
 
     @property
     def where(self) -> str:
         """The user's line, the module and the loss function, as far as they are known."""
         if self.place is None:
-            return f"backward pass of the loss terms of {self.terms_source}; torch keeps no forward line"
+            forward = "" if self.change is not None else "; torch keeps no forward line"
+            return f"backward pass of the loss terms of {self.terms_source}{forward}"
         module = f"; module {self.module}" if self.module else ""
         return f"{self.place}{module}; loss function {self.terms_source}"
 
@@ -62,6 +66,7 @@ def scene_of(error: BaseException, terms_source: str, model: nn.Module) -> Scene
         place=place,
         module=_module(error.__traceback__, model),
         inference=tuple(dict.fromkeys(_inference(error.__traceback__))),
+        change=getattr(error, "change", None),
     )
 
 
