@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from safeloop.audit.gradients import GradientWatch
-from safeloop.audit.journal import Journal, user_site
+from safeloop.audit.guards import Guards
+from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_modules
 from safeloop.audit.means import count_means
 from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
+from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck, EventCheck
@@ -72,6 +74,7 @@ class LoopWatch:
         for name in ("cross_entropy", "nll_loss"):
             listeners.setdefault(name, []).append(count_means)
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
+        self._guards = Guards(model, self._parameters, self._open.tape.writes)
         self._known_functions: set[type] = set()
         self.is_deep = False
         self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step)
@@ -94,6 +97,7 @@ class LoopWatch:
         if not self.is_deep:
             self.journal.open()
         self._open.on()
+        self._guards.start()
         self.is_deep = True
         self._lifetimes.begin(self._open.tape.first_node)
         self.journal.since = self._open.tape.first_node
@@ -101,6 +105,7 @@ class LoopWatch:
     def surface(self) -> None:
         """Leave the following iterations to hooks alone."""
         self._open.off()
+        self._guards.stop()
         if self.is_deep:
             self.journal.close()
         self.is_deep = False
@@ -125,6 +130,7 @@ class LoopWatch:
     def undo(self) -> None:
         """Take every hook, shim and mode away."""
         self._open.off()
+        self._guards.stop()
         self._hooks.remove()
         for shim in self._shims:
             shim.remove()
@@ -148,6 +154,7 @@ class LoopWatch:
             if kind not in self._known_functions:
                 self._known_functions.add(kind)
                 faults += [fault] if (fault := CustomGradientWrong.of(kind, args)) is not None else []
+        faults += self._guards.before_backward(roots, "", f"iteration {self.journal.iteration}")
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}
             self.gradients.before(roots, call.tape, wanted)
@@ -167,6 +174,7 @@ class LoopWatch:
         self.journal.stepped(owner)
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
+        self._handle(self._guards.after_backward("", f"iteration {self.journal.iteration}"))
         mine = {name: p for name, p in self._parameters.items() if name in self.journal.state.owners[owner]}
         where = f"step {self.journal.iteration}, before {type(optimizer).__name__}.step() of `{owner}`"
         self.gradients.after(mine, self._open.tape, where)

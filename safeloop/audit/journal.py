@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 
-from safeloop.autograd.sites import Site, site_of, user_frame
+from safeloop.autograd.sites import Site
 from safeloop.autograd.survey import Survey, survey
 from safeloop.autograd.tape import Call, Listener, Mark
 from safeloop.checks.events import (
@@ -250,8 +250,3 @@ def _factor(marks: Iterable[Mark]) -> float | None:
         return None
     return float("nan") if factors[-1] == "tensor" else float(factors[-1])
 
-
-def user_site() -> Site | None:
-    """The line of the user's that is running."""
-    frame = user_frame(2)
-    return None if frame is None else site_of(frame)

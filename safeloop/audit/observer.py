@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safeloop.audit.budget import FIRST_STEPS, Budget
 from safeloop.audit.gradients import GradientWatch
+from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
 from safeloop.audit.stretch import build_tape, is_compiled
@@ -69,6 +70,7 @@ class StepAudit:
         checks = [*trainer_call_checks(model, frozen), self._by_data]
         self._tape = build_tape(model, checks, self._found.extend)
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
+        self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
         self._functions: set[type] = set()
         self._starts: tuple[int, int] = (-1, 0)
         self._evaluations = 0
@@ -114,8 +116,12 @@ class StepAudit:
             if self._starts[0] != step:
                 self._starts = (step, self._tape.first_node)
                 self._lifetimes.begin(self._tape.first_node)
-            with self._tape:
-                yield
+            self._guards.start()
+            try:
+                with self._tape:
+                    yield
+            finally:
+                self._guards.stop()
         if torch.is_grad_enabled() != grad_mode:
             torch.set_grad_enabled(grad_mode)
             self._found.append(GradModeLeftOff.of(source))
@@ -180,10 +186,12 @@ class StepAudit:
                 is_zero = not bool(term.detach().any())
                 history.terms_zero[name] = history.terms_zero.get(name, 0) + 1 if is_zero else -1
         self._gradients.before(terms, tape, wanted)
+        faults += self._guards.before_backward(terms, source, f"step {step}")
         self.faults(faults, step)
 
     def differentiated(self, step: int, parameters: Mapping[str, nn.Parameter], source: str) -> None:
         """Look at the gradients, before the update."""
+        self.faults(self._guards.after_backward(source, f"step {step}"), step)
         self._gradients.after(parameters, self._tape, source)
 
     def failed(self) -> list[Fault]:

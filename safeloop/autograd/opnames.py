@@ -57,3 +57,10 @@ def cut_reason(name: str, result: Any) -> str:
     if not torch.is_grad_enabled():
         return f"no_grad: `{name}` ran with grad mode off"
     return f"`{name}`, which is not differentiable here"
+
+
+def writes_to(name: str) -> bool:
+    """Whether a function writes into its first argument, or gives out memory that can be written unseen."""
+    if name.endswith("_"):
+        return not name.endswith("__") or name == "__setitem__" or name == "__dlpack__"
+    return name in ("numpy", "numpy_", ".data=") or (name.startswith("__i") and name != "__invert__")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safeloop.autograd.default_hooks import pop, push
 from safeloop.autograd.fingerprints import fingerprint, is_plain
-from safeloop.autograd.lines import code_line, user_code
+from safeloop.autograd.sites import code_site, user_code
 from safeloop.autograd.names import ParameterNames
 from safeloop.autograd.running_node import argument_of, is_own_write, running_node, writes_itself
 from safeloop.autograd.saved_changes import Kind, SavedTensorChange, SavedTensorVersionError
@@ -182,7 +182,7 @@ class SavedTensorGuard:
             dtype=saved.alias.dtype,
             storage=pointer,
             parameter=self._names.of(saved.alias, saved.origin()),
-            saved_at=code_line(saved.code) if saved.code is not None else None,
+            saved_at=code_site(saved.code) if saved.code is not None else None,
             written_by=self._writes.since(pointer, saved.num_writes) if self._writes is not None else (),
         )
 

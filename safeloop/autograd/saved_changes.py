@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safeloop.autograd.lines import CodeLine
+from safeloop.autograd.sites import Site
 from safeloop.autograd.writes import Write
 
 Kind = Literal["version", "storage replaced", "values"]
@@ -32,7 +32,7 @@ class SavedTensorChange:
     """the address of its memory: the same for changes of one pass that are one write seen twice"""
     parameter: str
     """the full name of the parameter that it is, or is part of; empty for any other tensor"""
-    saved_at: CodeLine | None
+    saved_at: Site | None
     """the user's line that was running when it was saved"""
     written_by: tuple[Write, ...]
     """writes into its storage since it was saved, where something noted them"""

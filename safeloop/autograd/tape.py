@@ -21,8 +21,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from safeloop.autograd.opnames import ASKS, ESCAPES, cut_reason, name_of
+from safeloop.autograd.opnames import ASKS, ESCAPES, cut_reason, name_of, writes_to
 from safeloop.autograd.sites import Site, site_of, user_frame
+from safeloop.autograd.writes import WriteLog
 from safeloop.faults import FaultError
 
 
@@ -108,6 +109,8 @@ class Tape(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, listeners: Mapping[str, Sequence[Listener]] | None = None) -> None:
         super().__init__()
+        self.writes = WriteLog()
+        """what wrote into which memory"""
         self.broken: list[Exception] = []
         """errors of listeners, which are our own bugs"""
         self.is_deaf = False
@@ -137,6 +140,7 @@ class Tape(TorchFunctionMode):
         self.origins.clear()
         self.functions.clear()
         self._states.clear()
+        self.writes.clear()
         self.used = 0
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in named)
@@ -191,6 +195,9 @@ class Tape(TorchFunctionMode):
             self._note_function(sys._getframe(1))
         out = func(*args, **kwargs)
         frame = self._follow(name, tensors, out)
+        if tensors and writes_to(name):
+            frame = frame or user_frame(2)
+            self.writes.note(tensors[0], name, None if frame is None else site_of(frame))
         if listeners:
             self._tell(
                 listeners,

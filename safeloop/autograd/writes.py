@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from safeloop.autograd.lines import CodeLine
+from safeloop.autograd.sites import Site
 
 
 class Write(NamedTuple):
@@ -14,7 +14,7 @@ class Write(NamedTuple):
 
     description: str
     """the operation, for a reader: ``Tensor.mul_`` or ``numpy()``"""
-    place: CodeLine | None
+    place: Site | None
     """the user's line, where it is known"""
 
 
@@ -32,7 +32,7 @@ class WriteLog:
         self.count = 0
         """writes noted so far: what to give to `since` later"""
 
-    def note(self, tensor: Tensor, description: str, place: CodeLine | None) -> None:
+    def note(self, tensor: Tensor, description: str, place: Site | None) -> None:
         """`tensor` is being written, or given out to be written."""
         pointer = storage_pointer(tensor)
         if pointer:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from safeloop.autograd.lines import CodeLine
+from safeloop.autograd.sites import Site
 from safeloop.autograd.parameter_ledger import ParameterLedger
 from safeloop.autograd.recomputed import recomputed_leaves
 from safeloop.autograd.saved import SavedTensorGuard
@@ -121,7 +121,7 @@ def test_who_wrote_is_told(net):
     ledger = ParameterLedger(dict(net.named_parameters()), writes=log)
     log.note(net["head"].weight, "too early", None)
     ledger.close_forward()
-    log.note(net["head"].weight.data, "Tensor.add_", CodeLine("a.py", 3, "f"))
+    log.note(net["head"].weight.data, "Tensor.add_", Site("a.py", 3, "f"))
     net["head"].weight.data.add_(1)
     (change,) = ledger.changed()
     assert [write.description for write in change.written_by] == ["Tensor.add_"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from safeloop.autograd.lines import CodeLine
+from safeloop.autograd.sites import Site
 from safeloop.autograd.saved import SavedTensorGuard
 from safeloop.autograd.writes import WriteLog
 
@@ -261,7 +261,7 @@ def test_a_write_that_was_noted_since_is_told_and_an_older_one_is_not():
     log = WriteLog()
     guard = SavedTensorGuard(writes=log)
     x = torch.randn(3, requires_grad=True)
-    place = CodeLine("net.py", 7, "f")
+    place = Site("net.py", 7, "f")
     with guard:
         h = x * 2
         log.note(h, "before it was saved", place)

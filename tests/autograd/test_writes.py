@@ -5,11 +5,11 @@ import sys
 
 import torch
 
-from safeloop.autograd.lines import CodeLine, code_line, user_code, user_line
+from safeloop.autograd.sites import Site, code_site, user_code, user_site
 from safeloop.autograd.names import ParameterNames
 from safeloop.autograd.writes import Write, WriteLog, storage_pointer
 
-PLACE = CodeLine("net.py", 3, "f")
+PLACE = Site("net.py", 3, "f")
 
 
 def test_writes_are_found_by_the_storage_that_they_share():
@@ -51,16 +51,16 @@ def test_a_sparse_tensor_has_the_storage_of_its_values():
 def test_the_innermost_line_outside_of_torch_and_safeloop_is_found_from_inside_of_torch():
     seen = []
     x = torch.ones(2, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(user_line()) or t.detach(), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(user_site()) or t.detach(), lambda t: t):
         torch.nn.Softplus()(x)
     assert {line.path for line in seen} == {__file__}
-    assert code_line(user_code()).name.endswith(
+    assert code_site(user_code()).name.endswith(
         "test_the_innermost_line_outside_of_torch_and_safeloop_is_found_from_inside_of_torch"
     )
 
 
 def test_code_that_is_in_no_file_is_not_the_users():
-    script = "import torch; from safeloop.autograd.lines import user_line; assert user_line() is None"
+    script = "import torch; from safeloop.autograd.sites import user_site; assert user_site() is None"
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from safeloop.autograd.lines import CodeLine
+from safeloop.autograd.sites import Site
 from safeloop.autograd.parameter_ledger import ParameterLedger
 from safeloop.autograd.recomputed import recomputed_leaves
 from safeloop.autograd.saved import SavedTensorGuard
@@ -66,7 +66,7 @@ def test_a_write_that_was_noted_is_told_in_place_of_the_suspects():
     model, log = Net(""), WriteLog()
 
     def change():
-        log.note(model.out.weight, "Adam.step (fused)", CodeLine(__file__, 3, "train"))
+        log.note(model.out.weight, "Adam.step (fused)", Site(__file__, 3, "train"))
         model.out.weight.data.add_(1)
 
     def scaled(x):
@@ -139,7 +139,7 @@ def test_changed_parameters_make_one_fault_with_their_names():
     model, log = nn.Linear(3, 2), WriteLog()
     ledger = ParameterLedger(dict(model.named_parameters()), writes=log)
     ledger.close_forward()
-    log.note(model.weight, "Tensor.add_", CodeLine(__file__, 1, "f"))
+    log.note(model.weight, "Tensor.add_", Site(__file__, 1, "f"))
     model.weight.data.add_(1)
     model.bias.data = torch.zeros(2)
     (fault,) = ParameterChangedUnseen.find(ledger.changed(), model=model, where="step 7")
