@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from safeloop.audit.gradients import GradientWatch
+from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_modules
@@ -123,7 +123,7 @@ class LoopWatch:
         self.undo()
         self.journal.close()
         faults = [fault for check in self._events for fault in check.close(self.journal.state)]
-        if self.gradients.history.steps >= 3:
+        if self.gradients.history.steps >= ENOUGH_STEPS:
             faults += history_faults(self.gradients.finish(), is_over=True)
         self._handle(faults)
 

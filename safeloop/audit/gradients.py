@@ -15,6 +15,8 @@ from safeloop.autograd.zeros import Stop, ZeroTrace
 from safeloop.checks.gradients.flow import TINY
 from safeloop.checks.gradients.history import Cause, History, Trace
 
+ENOUGH_STEPS = 5
+"""Steps that must have been looked at before anything is said of what their gradients show together"""
 _SURELY = 2
 """Steps with a gradient of zeros after which the operation that stops it is looked for."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safeloop.audit.budget import FIRST_STEPS, Budget
-from safeloop.audit.gradients import GradientWatch
+from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
@@ -101,7 +101,7 @@ class StepAudit:
         self._tell_history(step, is_over=True)
 
     def _tell_history(self, step: int, *, is_over: bool) -> None:
-        if self._gradients.history.steps >= 3:
+        if self._gradients.history.steps >= ENOUGH_STEPS:
             self.faults(history_faults(self._gradients.finish(), is_over=is_over), step)
 
     @contextmanager
