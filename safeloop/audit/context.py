@@ -59,7 +59,7 @@ class Audit:
     def __enter__(self) -> Audit:
         if self._level != "off":
             ownership = owned_by_identity(self.model, self.optimizers)
-            self._handle(setup_faults(SetupView(self.model, ownership)))
+            self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
             for name, optimizer in self.optimizers.items():
                 self._hooks.append(optimizer.register_step_pre_hook(self._before_step(name)))
         return self

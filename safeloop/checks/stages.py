@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
-from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.containers import ModulesInPlainContainer
+from safeloop.checks.setup.copies import TiedByCopy
+from safeloop.checks.setup.freezing import FreezeWithoutEffect
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
+from safeloop.checks.setup.rates import LearningRatesFarApart
+from safeloop.checks.setup.sharing import CopyIsTheOriginal
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
 from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
@@ -24,6 +29,10 @@ _SETUP = (
     ParameterOwnedTwice,
     NothingToTrain,
     UnownedParameter,
+    FreezeWithoutEffect,
+    CopyIsTheOriginal,
+    TiedByCopy,
+    LearningRatesFarApart,
 )
 _TERMS = (
     DeclaredTermMissing,

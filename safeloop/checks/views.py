@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class SetupView:
 
     model: nn.Module
     ownership: Ownership
+    optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
+    """owner name -> the optimizer, where there is one already"""
 
 
 @dataclass(frozen=True)

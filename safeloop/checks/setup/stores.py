@@ -35,13 +35,41 @@ class AttributeUses:
         return attribute in self.renewed or self.is_dynamic
 
 
+def stored_by(cls: type) -> frozenset[str]:
+    """Attributes that the methods of a class, other than torch's `nn.Module`, store."""
+    return frozenset(attribute for code in _all_codes(cls) for attribute, _ in _stores(code))
+
+
+def read_through_self(model: nn.Module) -> frozenset[str]:
+    """Attributes that some class in the model reads as `self.NAME` or further along, `self.encoder.NAME`."""
+    classes = {type(module) for module in model.modules()}
+    return frozenset(name for cls in classes for code in _all_codes(cls) for name in _loads_through_self(code))
+
+
+def forward_reads(module: nn.Module) -> frozenset[str]:
+    """Attributes that `forward` of this module reads, or a method that it leads to."""
+    methods: dict[str, tuple[CodeType, ...]] = {}
+    for base in reversed(_own_bases(type(module))):
+        methods.update({name: tuple(_codes(value)) for name, value in vars(base).items()})
+    reached, waiting, read = set(), ["forward"], set()
+    while waiting:
+        method = waiting.pop()
+        if method in reached:
+            continue
+        reached.add(method)
+        names = {name for code in methods.get(method, ()) for name in code.co_names}
+        read |= names
+        waiting.extend(names & methods.keys())
+    return frozenset(read)
+
+
 def attribute_uses(model: nn.Module) -> AttributeUses:
     """Read the methods of every class in the model; torch's own `nn.Module` is left out."""
     built: dict[tuple[type, str], Place] = {}
     renewed: set[str] = set()
     used: set[str] = set()
     is_dynamic = False
-    for cls in {base for module in model.modules() for base in type(module).__mro__ if base not in nn.Module.__mro__}:
+    for cls in {base for module in model.modules() for base in _own_bases(type(module))}:
         methods = {name: tuple(_codes(value)) for name, value in vars(cls).items()}
         building = _building(methods)
         for name, codes in methods.items():
@@ -53,6 +81,16 @@ def attribute_uses(model: nn.Module) -> AttributeUses:
                 used.update(_loads(code))
                 is_dynamic = is_dynamic or (_is_of_user(cls) and "setattr" in code.co_names)
     return AttributeUses(built, frozenset(renewed), frozenset(used), is_dynamic)
+
+
+def _own_bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+
+
+def _all_codes(cls: type) -> Iterator[CodeType]:
+    for base in _own_bases(cls):
+        for value in vars(base).values():
+            yield from _codes(value)
 
 
 def _is_of_user(cls: type) -> bool:
@@ -93,3 +131,15 @@ def _loads(code: CodeType) -> Iterator[str]:
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             yield str(instruction.argval)
+
+
+def _loads_through_self(code: CodeType) -> Iterator[str]:
+    own = code.co_varnames[:1]
+    is_own = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if is_own:
+                yield str(instruction.argval)
+        elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
+            loaded = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+            is_own = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded[-1:] == own
