@@ -95,4 +95,5 @@ FILES: dict[str, str] = {
     "SL854": "data/source.py",  # DataEndedEarly (warning)
     "SL855": "data/source.py",  # NotData
     "SL856": "data/source.py",  # RunFolderUnwritable
+    "SL865": "data/run_folder.py",  # RunFolderUnreadable
 }
