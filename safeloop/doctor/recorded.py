@@ -40,8 +40,8 @@ def speed(run: Run) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "the run gets slower",
-            f"perf/samples_per_s: {short(medians[0])} ({quarters[0].span}), {short(medians[-1])} ({quarters[-1].span}), "
-            "less in each quarter",
+            f"perf/samples_per_s: {short(medians[0])} ({quarters[0].span}), {short(medians[-1])} "
+            f"({quarters[-1].span}), less in each quarter",
             "something grows with each step (a list of losses that keeps graphs, a cache), the data gets slower, or "
             "the machine is shared",
             "look at the memory of the process; keep numbers (`.item()`) instead of tensors",
