@@ -21,8 +21,8 @@ class PlainTensorAttribute(Check):
     ## What it does
     Looks through the attributes of every module, also in lists, dicts and objects that `forward` reads, for leaf
     tensors with `requires_grad=True` that are no parameter of the model. Where a ready optimizer holds the tensor it
-    does train, and the fault is a warning. An attribute that a method stores again while the model runs is taken for a
-    cache and left alone.
+    does train, and the fault is a warning. An attribute that a method stores again while the model runs, or fills
+    (`self.seen[key] = x`, `self.seen.append(x)`), is taken for a cache and left alone.
 
     ## Why it is bad
     `parameters()`, `state_dict()` and `.to()` do not know the tensor: an optimizer built from the model never updates
@@ -83,7 +83,10 @@ class PlainTensorAttribute(Check):
         found = [a for a in leaf_attributes(view.model) if a.tensor not in registered]
         uses = attribute_uses(view.model) if found else None
         for attribute in found:
-            if uses is not None and attribute.attribute not in uses.renewed:
+            if uses is None or attribute.attribute in uses.renewed:
+                continue
+            is_item = attribute.path.endswith("]") and not isinstance(attribute.tensor, nn.Parameter)
+            if not (is_item and attribute.attribute in uses.filled):
                 yield cls._fault(attribute, held.get(attribute.tensor), uses)
 
     @classmethod

@@ -20,7 +20,7 @@ _NOT_OF_THE_FORWARD = frozenset({
     "reward", "judge", "disc", "discriminator", "critic", "generator", "parent", "owner",
 })
 _WHOLE = frozenset({"model", "policy", "net", "network", "actor", "critic", "agent"})
-_REFERENCE = frozenset({"ref", "reference"})
+_VAGUE = frozenset({"ref", "reference", "prev", "previous", "slow"})
 # fmt: on
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -50,6 +50,6 @@ def is_counterpart(name: str, other: str) -> bool:
         return False
     stem = set(words(name)) - _APART
     rest = set(words(other)) - stem
-    if _REFERENCE.intersection(words(name)) and not stem <= _WHOLE:
+    if _VAGUE.intersection(words(name)) and not stem <= _WHOLE:
         return False
     return rest <= _TRAINED

@@ -11,6 +11,8 @@ from torch import nn
 
 from safeloop.checks.source import Place, code_name
 
+_FILLING = frozenset({"append", "appendleft", "extend", "insert", "update", "setdefault", "add"})
+
 
 @dataclass(frozen=True)
 class AttributeUses:
@@ -22,6 +24,8 @@ class AttributeUses:
     """attributes that some method stores after that: caches, states carried from batch to batch"""
     used: frozenset[str]
     """attributes that some method reads after that"""
+    filled: frozenset[str]
+    """containers into which some method puts items after that: `self.cache[key] = x`, `self.seen.append(x)`"""
     is_dynamic: bool
     """whether some method calls `setattr`, so that `renewed` may be incomplete"""
 
@@ -32,7 +36,7 @@ class AttributeUses:
 
     def may_be_renewed(self, attribute: str) -> bool:
         """Whether the attribute may be replaced between two batches."""
-        return attribute in self.renewed or self.is_dynamic
+        return attribute in self.renewed or attribute in self.filled or self.is_dynamic
 
 
 def stored_by(cls: type) -> frozenset[str]:
@@ -68,6 +72,7 @@ def attribute_uses(model: nn.Module) -> AttributeUses:
     built: dict[tuple[type, str], Place] = {}
     renewed: set[str] = set()
     used: set[str] = set()
+    filled: set[str] = set()
     is_dynamic = False
     for cls in {base for module in model.modules() for base in _own_bases(type(module))}:
         methods = {name: tuple(_codes(value)) for name, value in vars(cls).items()}
@@ -79,8 +84,9 @@ def attribute_uses(model: nn.Module) -> AttributeUses:
                     continue
                 renewed.update(attribute for attribute, _ in _stores(code))
                 used.update(_loads(code))
+                filled.update(_fills(code))
                 is_dynamic = is_dynamic or (_is_of_user(cls) and "setattr" in code.co_names)
-    return AttributeUses(built, frozenset(renewed), frozenset(used), is_dynamic)
+    return AttributeUses(built, frozenset(renewed), frozenset(used), frozenset(filled), is_dynamic)
 
 
 def _own_bases(cls: type) -> list[type]:
@@ -143,3 +149,17 @@ def _loads_through_self(code: CodeType) -> Iterator[str]:
         elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
             loaded = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
             is_own = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded[-1:] == own
+
+
+def _fills(code: CodeType) -> Iterator[str]:
+    recent: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            name = str(instruction.argval)
+            if name in _FILLING and recent:
+                yield recent[-1]
+            recent.append(name)
+        elif instruction.opname == "STORE_SUBSCR":
+            yield from recent
+        if instruction.opname.startswith(("STORE_", "POP_TOP", "RETURN")):
+            recent = []

@@ -265,3 +265,42 @@ def test_a_cell_that_is_not_bound_yet_is_no_obstacle():
     makes = late()
     model = Net(next(makes))
     assert setup_faults(view_of(model)) == []
+
+
+class Caching(nn.Module):
+    """Fills containers while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.key = linear(), "x"
+        self.by_key, self.seen, self.window = {}, [], deque(maxlen=2)
+
+    def forward(self, x):
+        self.by_key[self.key] = x
+        self.seen.append(x)
+        self._keep(x)
+        return self.fc(x)
+
+    def _keep(self, x):
+        self.window.append((x, self.fc(x)))
+
+
+def test_what_a_forward_puts_into_containers_is_a_cache():
+    model = Caching()
+    model(torch.randn(2, 2, requires_grad=True))
+    assert setup_faults(view_of(model)) == []
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.scales = linear(), []
+        for _ in range(2):
+            self.scales.append(torch.ones(2, requires_grad=True))
+
+    def forward(self, x):
+        return self.fc(x) * self.scales[0] * self.scales[1]
+
+
+def test_what_the_constructor_puts_into_containers_is_none():
+    assert [fault.names for fault in PlainTensorAttribute.find(view_of(Scales()))] == [("scales[0]",), ("scales[1]",)]
