@@ -21,10 +21,12 @@ def trained(project, safeloop):
 
 
 def test_a_run_that_learned_is_healthy_and_ends_with_0(trained, safeloop):
-    done = safeloop("doctor", trained())
+    path = trained()
+    done = safeloop("doctor", path)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert "nothing looks wrong" in done.stdout
     assert "loss/train" in done.stdout
+    found = json.loads(safeloop("doctor", path, "--json").stdout)["findings"]
+    assert [one["title"] for one in found if one["title"] != "the run gets slower"] == []  # the machine may be shared
 
 
 @pytest.mark.parametrize(
