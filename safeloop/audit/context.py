@@ -79,7 +79,7 @@ class Audit:
         if self._budget.level == "off":
             return self
         ownership = owned_by_identity(self.model, self.optimizers)
-        self._handle(setup_faults(SetupView(self.model, ownership)))
+        self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
         last = next(reversed(self.optimizers.values()), None)
         self._tick = None if last is None else last.register_step_post_hook(lambda *_: self._stepped())

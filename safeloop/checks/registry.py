@@ -39,8 +39,12 @@ FILES: dict[str, str] = {
     "SL205": "setup/optimizers.py",  # NothingToTrain
     "SL206": "setup/attributes.py",  # PlainTensorAttribute
     "SL207": "setup/attributes.py",  # NonLeafAttribute
-    "SL208": "setup/attributes.py",  # ModulesInPlainContainer
+    "SL208": "setup/containers.py",  # ModulesInPlainContainer
     "SL209": "setup/ownership.py",  # ParameterAppearedLate
+    "SL210": "setup/freezing.py",  # FreezeWithoutEffect (warning)
+    "SL211": "setup/copies.py",  # TiedByCopy (warning)
+    "SL212": "setup/sharing.py",  # CopyIsTheOriginal (warning)
+    "SL213": "setup/rates.py",  # LearningRatesFarApart (warning)
     # SL3: graph and mutation
     "SL301": "graph/torch_errors.py",  # LeafChangedInPlace
     "SL302": "graph/torch_errors.py",  # GraphUsedTwice
@@ -136,4 +140,5 @@ FILES: dict[str, str] = {
     "SL854": "data/source.py",  # DataEndedEarly (warning)
     "SL855": "data/source.py",  # NotData
     "SL856": "data/source.py",  # RunFolderUnwritable
+    "SL865": "data/run_folder.py",  # RunFolderUnreadable
 }

@@ -18,9 +18,14 @@ from safeloop.checks.gradients.history import History
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
-from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.containers import ModulesInPlainContainer
+from safeloop.checks.setup.copies import TiedByCopy
+from safeloop.checks.setup.freezing import FreezeWithoutEffect
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
+from safeloop.checks.setup.rates import LearningRatesFarApart
+from safeloop.checks.setup.sharing import CopyIsTheOriginal
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
 from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
@@ -46,6 +51,10 @@ _SETUP = (
     ParameterOwnedTwice,
     NothingToTrain,
     UnownedParameter,
+    FreezeWithoutEffect,
+    CopyIsTheOriginal,
+    TiedByCopy,
+    LearningRatesFarApart,
 )
 _TERMS = (
     DeclaredTermMissing,

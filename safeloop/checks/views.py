@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from safeloop.checks.source import Place
 
@@ -39,6 +40,8 @@ class SetupView:
 
     model: nn.Module
     ownership: Ownership
+    optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
+    """owner name -> the optimizer, where there is one already"""
 
 
 @dataclass(frozen=True)

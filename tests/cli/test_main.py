@@ -23,7 +23,8 @@ def run(*args: str, code: str = PROBE, **environment: str) -> subprocess.Complet
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["explain", "SL101"], ["schema"], ["--version"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["explain", "SL101"], ["schema"], ["doctor", "--help"], ["--version"]],
 )
 def test_what_needs_no_model_leaves_torch_out(arguments):
     done = run(*arguments)

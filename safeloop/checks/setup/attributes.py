@@ -1,4 +1,4 @@
-"""Tensors and modules that a model keeps where its parameters are not looked for."""
+"""Tensors that a model keeps where its parameters are not looked for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 from safeloop.autograd.walk import reached_leaves
 from safeloop.checks.check import Check
-from safeloop.checks.setup.scan import Attribute, buffer_attributes, module_containers, tensor_attributes
+from safeloop.checks.setup.scan import Attribute, buffer_attributes, leaf_attributes, tensor_attributes
 from safeloop.checks.setup.stores import AttributeUses, attribute_uses
 from safeloop.checks.views import SetupView
-from safeloop.checks.wording import counted, listed
+from safeloop.checks.wording import listed
 from safeloop.faults import Fault, Severity
 
 
@@ -19,10 +19,10 @@ class PlainTensorAttribute(Check):
     """A tensor that requires grad is a plain attribute of a module, not an `nn.Parameter`.
 
     ## What it does
-    Looks through the attributes of every module, also one level deep in lists and dicts, for leaf tensors with
-    `requires_grad=True` that are no parameter of the model. Where a ready optimizer holds the tensor it does train,
-    and the fault is a warning. An attribute that a method stores again while the model runs is taken for a cache and
-    left alone.
+    Looks through the attributes of every module, also in lists, dicts and objects that `forward` reads, for leaf
+    tensors with `requires_grad=True` that are no parameter of the model. Where a ready optimizer holds the tensor it
+    does train, and the fault is a warning. An attribute that a method stores again while the model runs, or fills
+    (`self.seen[key] = x`, `self.seen.append(x)`), is taken for a cache and left alone.
 
     ## Why it is bad
     `parameters()`, `state_dict()` and `.to()` do not know the tensor: an optimizer built from the model never updates
@@ -80,11 +80,13 @@ class PlainTensorAttribute(Check):
         """One fault for each such tensor."""
         registered = set(view.model.parameters())
         held = {tensor: owner for owner, tensors in view.ownership.foreign.items() for tensor in tensors}
-        found = [a for a in tensor_attributes(view.model) if a.tensor.is_leaf and a.tensor.requires_grad]
-        found = [a for a in found if a.tensor not in registered]
+        found = [a for a in leaf_attributes(view.model) if a.tensor not in registered]
         uses = attribute_uses(view.model) if found else None
         for attribute in found:
-            if uses is not None and attribute.attribute not in uses.renewed:
+            if uses is None or attribute.attribute in uses.renewed:
+                continue
+            is_item = attribute.path.endswith("]") and not isinstance(attribute.tensor, nn.Parameter)
+            if not (is_item and attribute.attribute in uses.filled):
                 yield cls._fault(attribute, held.get(attribute.tensor), uses)
 
     @classmethod
@@ -196,97 +198,6 @@ class NonLeafAttribute(Check):
             severity=severity,
             names=(found.path,),
         )
-
-
-class ModulesInPlainContainer(Check):
-    """Modules are kept in a Python list, tuple or dict, where the model does not find their parameters.
-
-    ## What it does
-    Looks through the attributes of every module for lists, tuples and dicts of modules whose trainable parameters are
-    not among the model's. Where ready optimizers hold all of them they do train, and the fault is a warning. A single
-    module in a container whose name begins with an underscore (`self._teacher = [net]`) is hidden on purpose and left
-    alone.
-
-    ## Why it is bad
-    `parameters()`, `state_dict()`, `.to()`, `train()` and `eval()` do not reach these modules: they keep their
-    initial weights, on the device where they were made, and a checkpoint does not hold them. The loss still goes
-    down, through the rest.
-
-    ## Bad
-    ```python
-    class Deep(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = [nn.Linear(4, 4) for _ in range(3)]
-            self.out = nn.Linear(4, 1)
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = torch.relu(block(x))
-            return self.out(x)
-
-    class Run(sl.Trainer):
-        def loss(self, batch):
-            return self.model(batch).square().mean()
-
-    Run(model=Deep(), data=[torch.randn(8, 4)], optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 1}).fit()
-    ```
-    ## Good
-    ```python
-    class Deep(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
-            self.out = nn.Linear(4, 1)
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = torch.relu(block(x))
-            return self.out(x)
-
-    class Run(sl.Trainer):
-        def loss(self, batch):
-            return self.model(batch).square().mean()
-
-    Run(model=Deep(), data=[torch.randn(8, 4)], optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 1}).fit()
-    ```
-    ## Fix
-    Use `nn.ModuleList` for a list or tuple and `nn.ModuleDict` for a dict. A module that must stay outside (a frozen
-    teacher) gets `requires_grad_(False)`, so that it is clear that nobody means to train it.
-
-    ## Source
-    https://github.com/pytorch/pytorch/issues/59925; documentation of `torch.nn.ModuleList`.
-    """
-
-    code = "SL208"
-    title = "modules in a plain container"
-
-    @classmethod
-    def find(cls, view: SetupView) -> Iterator[Fault]:
-        """One fault for each such container."""
-        registered = set(view.model.parameters())
-        held = {tensor for tensors in view.ownership.foreign.values() for tensor in tensors}
-        for found in module_containers(view.model):
-            if found.attribute.startswith("_") and len(found.modules) == 1:
-                continue
-            hidden = {p for module in found.modules for p in module.parameters() if p.requires_grad} - registered
-            if not hidden:
-                continue
-            right = "nn.ModuleDict" if found.kind.lower().endswith("dict") else "nn.ModuleList"
-            classes = dict.fromkeys(type(module).__name__ for module in found.modules)
-            are_held = hidden <= held
-            yield cls.fault(
-                f"`{found.path}` is a {found.kind} of {counted(len(found.modules), 'module')} ({listed(classes)}), "
-                f"whose {counted(len(hidden), 'trainable parameter')} are not among the model's parameters",
-                where=f"attribute `{found.path}` of {type(found.module).__name__}",
-                why=f"a {found.kind} hides modules from `parameters()`, `state_dict()`, `.to()` and `train()`: "
-                + (
-                    "a ready optimizer trains them, but they are not saved or moved" if are_held else "they never train"
-                ),
-                fix=f"write `self.{found.attribute} = {right}(...)`, or freeze them by `requires_grad_(False)`",
-                severity="warning" if are_held else "error",
-                names=(found.path,),
-            )
 
 
 def _where(found: Attribute, uses: AttributeUses) -> str:

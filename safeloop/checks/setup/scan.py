@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from safeloop.checks.setup.helpers import held_by, is_helper
+from safeloop.checks.setup.roles import is_kept_out
+from safeloop.checks.setup.stores import forward_reads
+
 _OF_TORCH = frozenset(vars(nn.Module()))
+_DEPTH = 3
+"""levels of containers in containers"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,18 @@ def tensor_attributes(model: nn.Module) -> Iterator[Attribute]:
                         yield Attribute(module, f"{path}[{key!r}]", attribute, item)
 
 
+def leaf_attributes(model: nn.Module) -> Iterator[Attribute]:
+    """Every tensor that is meant to train, in a plain attribute: also in nested containers and in helper objects."""
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _OF_TORCH:
+                continue
+            path = _joined(prefix, attribute)
+            for inner, item in (("", value), *_nested(value, _DEPTH), *_held_tensors(module, attribute, value)):
+                if isinstance(item, Tensor) and item.is_leaf and item.requires_grad:
+                    yield Attribute(module, path + inner, attribute, item)
+
+
 def buffer_attributes(model: nn.Module) -> Iterator[Attribute]:
     """Every buffer of the model's modules."""
     for prefix, module in model.named_modules():
@@ -63,13 +82,13 @@ def module_containers(model: nn.Module) -> Iterator[Container]:
     """Every list, tuple or dict of modules, nested or not, that is an attribute of the model's modules."""
     for prefix, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in _OF_TORCH and (found := tuple(_modules(value, depth=3))):
+            if attribute not in _OF_TORCH and (found := modules_in(value)):
                 yield Container(module, _joined(prefix, attribute), attribute, type(value).__name__, found)
 
 
 def unregistered(model: nn.Module) -> Mapping[Tensor, str]:
     """Tensors that the model uses but does not list as parameters -> the attribute that keeps them."""
-    found = {attribute.tensor: attribute.path for attribute in tensor_attributes(model)}
+    found = {attribute.tensor: attribute.path for attribute in (*tensor_attributes(model), *leaf_attributes(model))}
     for container in module_containers(model):
         found.update({p: container.path for module in container.modules for p in module.parameters()})
     return found
@@ -80,16 +99,27 @@ def _joined(prefix: str, name: str) -> str:
 
 
 def items_of(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Keys and items of a list, tuple or mapping; nothing for anything else."""
-    if isinstance(value, list | tuple):
+    """Keys and items of a list, tuple, deque, set or mapping; nothing for anything else."""
+    if isinstance(value, list | tuple | deque | set | frozenset):
         yield from enumerate(value)
     elif isinstance(value, Mapping):
         yield from value.items()
 
 
-def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
-    for _, item in items_of(value):
-        if isinstance(item, nn.Module):
-            yield item
-        elif depth:
-            yield from _modules(item, depth - 1)
+def modules_in(value: Any) -> tuple[nn.Module, ...]:
+    """The modules in a container, nested or not."""
+    return tuple(item for _, item in _nested(value, _DEPTH) if isinstance(item, nn.Module))
+
+
+def _nested(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    for key, item in items_of(value):
+        yield f"[{key!r}]", item
+        if depth:
+            yield from ((f"[{key!r}]{inner}", found) for inner, found in _nested(item, depth - 1))
+
+
+def _held_tensors(module: nn.Module, attribute: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if is_helper(value) and not is_kept_out(attribute) and attribute in forward_reads(module):
+        for name, item in held_by(value).items():
+            yield f".{name}", item
+            yield from ((f".{name}{inner}", found) for inner, found in _nested(item, 0))

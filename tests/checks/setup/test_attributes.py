@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
+from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.stages import setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
