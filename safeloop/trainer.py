@@ -195,6 +195,7 @@ class Trainer:
             self._ledger.add(reader.faults(reader.due(returned, 0), is_first=True))
             values = {name: term_value(term) for name, term in returned.items()}
             self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
+            self._ledger.add(assembly.attendance.answer(phase, returned, reader.rules))
         return list(self.faults)
 
     def check_accumulation(self) -> AccumulationReport:

@@ -11,7 +11,6 @@ from torch import nn
 
 from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
-from safeloop.checks.terms.phases import PhaseReachesNothing
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.averaging import Average
 from safeloop.optim.combining import CombineSpec
@@ -20,12 +19,14 @@ from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule
 from safeloop.plan import average as plan_average
 from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.simultaneous import SeparateBackward
+from safeloop.step.attendance import Attendance
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.clip import clipper
 from safeloop.step.combine import bind_combined
 from safeloop.step.exact import exact_norms
 from safeloop.step.finite import DeferredGate, ImmediateGate, gather
 from safeloop.step.precision import GradientScale, Precision
+from safeloop.step.reached import unreached
 from safeloop.step.report import Frame, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
@@ -86,6 +87,8 @@ class Parts:
     """the buffers from before each turn; None: a refused batch leaves its trace in them"""
     has_declared_phases: bool = False
     """whether every phase says itself what it trains"""
+    attendance: Attendance | None = None
+    """the list of terms over all phases; None: one of the single phase is made"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:
@@ -106,11 +109,12 @@ def _bind_zero(node: Zero, parts: Parts) -> Operation:
 def _bind_forward(node: Forward, parts: Parts) -> Operation:
     reader, losses, observer = parts.readers[node.phase], parts.losses[node.phase], parts.observer
     precision, model, source = parts.precision, parts.model, reader.rules.source
-    is_plain_format = precision.format == "fp32"
-    has_special = reader.has_special
+    is_plain_format, phase = precision.format == "fp32", node.phase
+    has_special, attendance = reader.has_special, parts.attendance or Attendance([phase])
+    calls_roll, has_permitted = attendance.is_shared, bool(attendance.permitted)
 
     def forward(frame: Frame) -> None:
-        frame.source = source
+        frame.phase, frame.source = phase, source
         try:
             if is_plain_format:
                 returned = losses(frame.batch)
@@ -126,13 +130,18 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             observer.forwarded(frame.report.step)
         if has_special:
             reader.weigh(frame.report.step)
+        given, is_first = returned, frame.report.step == 0
         if has_special or any(map(callable, returned.values())):
             returned = reader.due(returned, frame.report.step)
-        is_plain = reader.read(returned, frame)
-        if not is_plain or frame.is_audited:
-            observer.faults(reader.faults(returned, is_first=frame.report.step == 0), frame.report.step)
+        is_plain = reader.read(returned, frame) and bool(given)
+        if (not is_plain or frame.is_audited) and (returned or not given):  # terms that are not due are no mistake
+            observer.faults(reader.faults(returned, is_first=is_first), frame.report.step)
         if not is_plain:
             reader.read_unusual(returned, frame)
+        if calls_roll and is_first and frame.is_audited:
+            observer.faults(attendance.answer(phase, given, reader.rules), 0)
+        if has_permitted:
+            observer.faults(attendance.note(phase, returned, reader.rules, frame), frame.report.step)
 
     return forward
 
@@ -182,7 +191,10 @@ def _bind_unscale(node: Unscale, parts: Parts) -> Operation:
 
 def _bind_finite(node: Finite, parts: Parts) -> Operation:
     owners, gate, keeper = [parts.owners[name] for name in node.owners], parts.gate, parts.keeper
-    must_reach, observer = parts.has_declared_phases, parts.observer
+    observer, attendance = parts.observer, parts.attendance
+    find_unreached = None
+    if parts.has_declared_phases and attendance is not None:
+        find_unreached = unreached(owners, attendance)
 
     def finite(frame: Frame) -> None:
         try:
@@ -193,20 +205,10 @@ def _bind_finite(node: Finite, parts: Parts) -> Operation:
             raise
         if frame.is_skipped and keeper is not None:
             keeper.restore()
-        if must_reach and frame.is_audited and frame.report.step == 0:
-            observer.faults(_idle(frame, owners), frame.report.step)
+        if find_unreached is not None:
+            observer.faults(find_unreached(frame), frame.report.step)
 
     return finite
-
-
-def _idle(frame: Frame, owners: Sequence[Owner]) -> list[Fault]:
-    """A fault where a declared phase leaves one of its optimizers, but not all, without any gradient."""
-    idle = [owner.name for owner in owners if not frame.gradients[owner.name]]
-    if not idle or len(idle) == len(owners) or frame.report.inactive:  # a permitted constant may be what reaches it
-        return []
-    what = f"the losses of the phase reach no parameter of `{idle[0]}`, which it trains"
-    fix = f"take `{idle[0]}` out of its `trains`, or look for a detach() between its parameters and the losses"
-    return [PhaseReachesNothing.fault(what, where=frame.source, fix=fix, names=idle)]
 
 
 def _bind_clip(node: Clip, parts: Parts) -> Operation:
@@ -218,7 +220,7 @@ def _bind_update(node: Update, parts: Parts) -> Operation:
     name, step, direct, tensors, bumps = owner.name, owner.optimizer.step, owner.direct, owner.tensors, owner.is_fused
 
     def update(frame: Frame) -> None:
-        if frame.is_skipped:
+        if frame.is_skipped or not frame.gradients[name]:  # nothing was due, or nothing reached it: no update
             return
         if direct is None:
             step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from safeloop.step.finite import ImmediateGate
 from safeloop.step.report import Frame
 
 ClosureOperation = Callable[[Frame, Sequence[Any]], None]
+
+
+class _NothingDue(Exception):
+    """No term counts on this step: there is no loss that the optimizer could ask for."""
 
 
 def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
@@ -45,15 +49,16 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
                 operate(inner)
             if not first_terms:
                 first_terms.update(inner.terms)
-            return torch.stack([value * weights.get(name, 1.0) for name, value in inner.terms.items()]).sum()
+                frame.inactive = inner.inactive
+            return _total(inner.terms, weights)
 
         try:
             owner.optimizer.step(evaluate)  # type: ignore[arg-type]
             _refuse_non_finite(owner.parameters, frame)
+        except _NothingDue:
+            return
         except BaseException:
-            with torch.no_grad():
-                for tensor, old in zip(owner.tensors, before, strict=True):
-                    tensor.copy_(old)
+            _put_back(owner.tensors, before)
             if keeper is not None:
                 keeper.restore()
             raise
@@ -61,6 +66,18 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
         frame.report.updated.add(owner.name)
 
     return update
+
+
+def _total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    if not terms:
+        raise _NothingDue
+    return torch.stack([value * weights.get(name, 1.0) for name, value in terms.items()]).sum()
+
+
+def _put_back(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
 
 
 def _bound(node: Any, parts: Parts) -> Operation:

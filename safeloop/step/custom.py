@@ -148,6 +148,7 @@ class Operations:
             self._reader.read_unusual(returned, frame)
         self._terms |= frame.terms
         self._report.terms |= frame.terms
+        self._report.inactive |= dict.fromkeys(frame.inactive, 1.0)
 
     def _reached(self, roots: list[Tensor]) -> tuple[str, ...]:
         reached = [reach(root) for root in roots]

@@ -121,6 +121,8 @@ def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: b
         for operate in phase.after:
             operate(frame)
         report.terms.update(frame.terms)
+        for name, part in frame.inactive.items():
+            report.inactive[name] = report.inactive.get(name, 0.0) + part / phase.repeat
         report.num_skipped += frame.is_skipped
 
 
