@@ -35,6 +35,7 @@ from safeloop.evaluator import Evaluator
 from safeloop.faults import Fault, FaultError
 from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.methods import phase_methods
+from safeloop.optim.permit import held
 from safeloop.phases import phases_of
 from safeloop.plan import Node, StepPlan
 from safeloop.recorder import Recorder
@@ -228,7 +229,8 @@ class Trainer:
         outcome = "failed"
         metrics: dict[str, float] = {}
         try:
-            outcome, metrics = self._loop(assembly, recorder)
+            with held(owner.permit for owner in assembly.owners.values()):
+                outcome, metrics = self._loop(assembly, recorder)
         except FaultError as error:
             self._ledger.raised(error, self.step)
             raise

@@ -252,7 +252,11 @@ def test_a_loss_function_that_calls_backward_itself_is_refused() -> None:
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(sl.FaultError) as caught:
         run(net, reals(), cls=Impatient)
-    assert caught.value.fault.code == "SL302"
+    assert caught.value.fault.code == "SL617"
+    assert "torch.autograd.grad" in caught.value.fault.fix
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    with pytest.raises(sl.FaultError, match="SL302"):
+        run(net, reals(), cls=Impatient, audit={"level": "off"})
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 

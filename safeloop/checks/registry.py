@@ -80,6 +80,8 @@ FILES: dict[str, str] = {
     "SL614": "update/accumulation.py",  # NothingToCompare
     "SL615": "setup/compiling.py",  # CompileRefused
     "SL616": "update/custom.py",  # CustomStepRefused
+    "SL617": "update/guards.py",  # GradientsTouched
+    "SL618": "update/guards.py",  # StepOutsideThePlan
     "SL620": "update/combine.py",  # TermsShareNoFeatures
     "SL621": "update/combine.py",  # CombinationFailed
     "SL622": "update/combine.py",  # TermsInseparable

@@ -217,7 +217,7 @@ def _bind_clip(node: Clip, parts: Parts) -> Operation:
 
 def _bind_update(node: Update, parts: Parts) -> Operation:
     owner = parts.owners[node.owner]
-    name, step, direct, tensors, bumps = owner.name, owner.optimizer.step, owner.direct, owner.tensors, owner.is_fused
+    name, step, direct, tensors, bumps = owner.name, owner.permit.step, owner.direct, owner.tensors, owner.is_fused
 
     def update(frame: Frame) -> None:
         if frame.is_skipped or not frame.gradients[name]:  # nothing was due, or nothing reached it: no update

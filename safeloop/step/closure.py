@@ -15,6 +15,7 @@ from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.finite import ImmediateGate
 from safeloop.step.report import Frame
+from safeloop.step.window import WindowGuard
 
 ClosureOperation = Callable[[Frame, Sequence[Any]], None]
 
@@ -26,9 +27,11 @@ class _NothingDue(Exception):
 def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
     """The operation that a closure update stands for: a function of the frame of a turn and its micro-batches."""
     owner, keeper = parts.owners[node.owner], parts.keeper
-    kinds = [(type(inner), _bound(inner, parts)) for inner in node.inner]
-    end = max(index for index, (kind, _) in enumerate(kinds) if kind is Backward) + 1
-    zero, per_batch, after = kinds[0][1], [run for _, run in kinds[1:end]], [run for _, run in kinds[end:]]
+    operations = [_bound(inner, parts) for inner in node.inner]
+    end = max(index for index, inner in enumerate(node.inner) if isinstance(inner, Backward)) + 1
+    zero, after = operations[0], operations[end:]
+    guard = WindowGuard(owner.parameters, parts.observer, is_window=True)
+    per_batch = guard.around(node.inner[1:end], operations[1:end])
     weights = next(reader.rules.weights for reader in parts.readers.values())
 
     def update(frame: Frame, window: Sequence[Any]) -> None:
@@ -42,6 +45,7 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
             inner = Frame(frame.report, wants_modules=frame.wants_modules)
             inner.is_audited = frame.is_audited and not first_terms
             zero(inner)
+            guard.begin()
             for inner.batch, inner.share in zip(window, shares, strict=True):
                 for operate in per_batch:
                     operate(inner)
@@ -53,7 +57,7 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
             return _total(inner.terms, weights)
 
         try:
-            owner.optimizer.step(evaluate)  # type: ignore[arg-type]
+            owner.permit.step(evaluate)
             _refuse_non_finite(owner.parameters, frame)
         except _NothingDue:
             return

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from safeloop.plan import Backward, Forward, Phase, StepPlan
+from safeloop.plan import Backward, Forward, Phase, StepPlan, Zero
 from safeloop.plan.closure import ClosureUpdate
+from safeloop.plan.plan import refuse_several
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
 from safeloop.step.report import Frame, StepReport
+from safeloop.step.window import WindowGuard
 
 
 class Draw(Protocol):
@@ -47,7 +49,11 @@ class _BoundPhase:
 
 
 class Program:
-    """A plan bound to live objects: one operation for each node, ready to run."""
+    """A plan bound to live objects: one operation for each node, ready to run.
+
+    Raises:
+        FaultError: SL601, a phase has several forwards or backwards.
+    """
 
     def __init__(self, plan: StepPlan, parts: Parts) -> None:
         self.observer = parts.observer
@@ -134,12 +140,16 @@ def _keep(keeper: BufferKeeper) -> Operation:
 
 
 def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
+    refuse_several(phase)
     closure = next((node for node in phase.nodes if isinstance(node, ClosureUpdate)), None)
     nodes = () if closure is not None else phase.nodes
     inner = [i for i, node in enumerate(nodes) if isinstance(node, (Forward, Backward))]
     first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
     operations = tuple(bind(node, parts) for node in nodes)
     keeps: tuple[Operation, ...] = () if parts.keeper is None else (_keep(parts.keeper),)
+    owned = {n: p for name in phase.trains for n, p in parts.owners[name].parameters.items()} if inner else {}
+    is_zeroed = any(isinstance(node, Zero) for node in nodes[:first])
+    guard = WindowGuard(owned, parts.observer, is_window=phase.micro_batches > 1)
     trained = {id(tensor) for name in phase.trains for tensor in parts.owners[name].tensors}
     others = (p for owner in parts.owners.values() for p in owner.tensors if id(p) not in trained)
     return _BoundPhase(
@@ -148,8 +158,8 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         phase.micro_batches,
         parts.shares,
         tuple(others),
-        (*keeps, *operations[:first]),
-        operations[first:last],
+        (*keeps, *operations[:first], *([guard.begin] if phase.micro_batches > 1 else [])),
+        guard.around(nodes[first:last], operations[first:last]) if is_zeroed else operations[first:last],
         operations[last:],
         None if closure is None else bind_closure(closure, parts),
     )
