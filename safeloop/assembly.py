@@ -100,7 +100,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
     attendance = _attendance(given)
-    keeper = None if given.custom is not None else BufferKeeper(model, depth=2 if gate.is_deferred else 1)
+    keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)
     parts = Parts(
         model,
         losses,

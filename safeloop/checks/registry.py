@@ -94,4 +94,5 @@ FILES: dict[str, str] = {
     "SL854": "data/source.py",  # DataEndedEarly (warning)
     "SL855": "data/source.py",  # NotData
     "SL856": "data/source.py",  # RunFolderUnwritable
+    "SL857": "data/source.py",  # DataEndedInsideAStep (warning)
 }

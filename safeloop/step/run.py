@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
+from safeloop.step.ended import DataEnded, half_done
 from safeloop.step.report import Frame, StepReport
 from safeloop.step.window import WindowGuard
 
@@ -28,6 +30,9 @@ class Draw(Protocol):
 
     def window(self, size: int) -> list[Any]:
         """The next `size` micro-batches, fewer at the end of an epoch."""
+
+    def expect(self, windows: int, size: int) -> None:
+        """Raise `DataEnded` where so many windows of at most `size` micro-batches are known not to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +65,28 @@ class Program:
         self.custom = None if parts.custom is None else CustomRun(parts.custom, parts)
         self.phases = [] if parts.custom is not None else [_bound(phase, parts) for phase in plan.phases]
         self.closing = tuple(bind(node, parts) for node in plan.closing)
+        self.owners = tuple(parts.owners)
+        self.window = max((phase.micro_batches for phase in self.phases), default=1)
+        self.has_turns = sum(phase.repeat for phase in self.phases) > 1
+        """whether a step may need several windows"""
+
+    def turns(self, step: int) -> int:
+        """How many windows of micro-batches a step needs; of a custom step, the least."""
+        return sum(phase.repeat for phase in self.phases if step % phase.every == 0) if self.phases else 1
+
+    def steps_in(self, windows: int) -> int:
+        """How many steps, from the first, so many windows are enough for."""
+
+        def is_too_many(steps: int) -> bool:
+            needed = sum(phase.repeat * -(-steps // phase.every) for phase in self.phases) if self.phases else steps
+            return needed > windows
+
+        longest = windows * max((phase.every for phase in self.phases), default=1) + 1
+        return bisect(range(longest + 1), False, key=is_too_many) - 1
 
 
 def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = False) -> StepReport:
-    """One pass through the plan.
+    """One pass through the plan; not begun where the data is known to end within it.
 
     Args:
         program: the bound plan.
@@ -73,8 +96,21 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
 
     Raises:
         FaultError: before any parameter has been changed by what it is about.
+        DataEnded: there is no further micro-batch; SL857 is told where that broke the step off.
     """
     report = StepReport(step)
+    if program.has_turns:
+        draw.expect(program.turns(step), program.window)
+    try:
+        _run(program, draw, report, wants_modules)
+    except DataEnded:
+        program.observer.faults(half_done(report, program.owners), step)
+        raise
+    return report
+
+
+def _run(program: Program, draw: Draw, report: StepReport, wants_modules: bool) -> None:
+    step = report.step
     is_audited = program.observer.wants(step)
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
@@ -91,7 +127,6 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
         frame = Frame(report)
         for operate in program.closing:
             operate(frame)
-    return report
 
 
 def _run_confined(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: bool, wants_modules: bool) -> None:
