@@ -62,6 +62,11 @@ def draft_plan(
     )
 
 
+def wants_several_passes(config: RunConfig) -> bool:
+    """Whether several backward passes go through one graph."""
+    return config.simultaneous or config.combine is not None or config.log.exact_term_norms is not None
+
+
 def waits(gate: ImmediateGate | DeferredGate, owners: Mapping[str, Owner]) -> bool:
     """Whether the finite check makes the host wait for a device."""
     is_elsewhere = any(tensor.device.type != "cpu" for owner in owners.values() for tensor in owner.tensors)

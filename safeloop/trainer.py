@@ -30,6 +30,7 @@ from safeloop.data.count import count
 from safeloop.data.move import resolve_device
 from safeloop.data.source import Source
 from safeloop.declared import declared_losses, declared_metrics
+from safeloop.drafting import wants_several_passes
 from safeloop.evaluation import preserved
 from safeloop.evaluator import Evaluator
 from safeloop.faults import Fault, FaultError
@@ -223,7 +224,8 @@ class Trainer:
         started = time.perf_counter()
         assembly = self._assembled()
         if (backend := self.config.run.compile_backend) is not None:
-            compile_model(self.model, backend, lambda: self._probe(assembly))
+            again = wants_several_passes(self.config) or self._is_custom
+            compile_model(self.model, backend, lambda: self._probe(assembly), keeps_buffers=again)
         seed_everything(self.config.run.seed)
         recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
         outcome = "failed"
