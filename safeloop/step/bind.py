@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from safeloop.autograd.engine import run_backward
 from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.faults import Fault, FaultError
@@ -162,7 +163,7 @@ def _bind_backward(node: Backward, parts: Parts) -> Operation:
             if measures_cut and frame.wants_modules and len(frame.roots) > 1:
                 _keep_geometry(frame, backward_with_taps(frame.roots, seeds), scale)
             else:
-                torch.autograd.backward(frame.roots, seeds)
+                run_backward(frame.roots, seeds)
         except RuntimeError as error:
             _explain(error, source, model)
             raise
