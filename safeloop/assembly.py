@@ -29,6 +29,7 @@ from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
 from safeloop.plan import StepPlan
 from safeloop.refusals import closure_faults, refuse_epochs, untrained
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
+from safeloop.step.attendance import Attendance
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
@@ -60,6 +61,7 @@ class Assembly:
     weights: Mapping[str, float]
     """loss term -> its present weight"""
     audit: StepAudit
+    attendance: Attendance
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
@@ -102,7 +104,8 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
     observer = StepAudit(Budget(config.audit.level, config.audit.budget), ledger, model, ownership, given.holders)
     losses = {phase.name: phase.losses for phase in given.phases}
-    keeper = None if given.custom is not None else BufferKeeper(model, depth=2 if gate.is_deferred else 1)
+    attendance = _attendance(given)
+    keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)
     parts = Parts(
         model,
         losses,
@@ -117,6 +120,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         stream.count_epochs,
         exact_every=exact_every(config),
         keeper=keeper,
+        attendance=attendance,
         has_declared_phases=all(phase.trains is not None for phase in given.phases),
         custom=given.custom,
         combine=config.combine,
@@ -124,7 +128,20 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     )
     program = Program(plan, parts)
     return Assembly(
-        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, observer, average
+        device,
+        stream,
+        owners,
+        ownership,
+        plan,
+        program,
+        gate,
+        readers,
+        precision,
+        keeper,
+        weights,
+        observer,
+        attendance,
+        average,
     )
 
 
@@ -198,6 +215,16 @@ def _gate(
     if device.type == "cuda" and wanted.policy == "raise" and can_wait:
         return DeferredGate(owners.values(), device)
     return ImmediateGate(policy=wanted.policy, max_consecutive=wanted.max_consecutive)
+
+
+def _attendance(given: Ingredients) -> Attendance:
+    losses = given.config.losses
+    return Attendance(
+        [phase.name for phase in given.phases],
+        list(losses),
+        frozenset(name for name, section in losses.items() if section.may_be_constant),
+        {name: section.every for name, section in losses.items() if section.every > 1},
+    )
 
 
 def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], weights: dict[str, float]) -> TermRules:

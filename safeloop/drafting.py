@@ -56,9 +56,21 @@ def draft_plan(
             None if given.config.average is None else str(given.config.average),
             exact_every(given.config),
             None if given.config.combine is None else (str(given.config.combine), given.config.combine.at),
+            waits=waits(gate, owners),
         ),
         parameters=[*_parameter_lines(given.model, owners, ownership), *_compile_lines(given)],
     )
+
+
+def wants_several_passes(config: RunConfig) -> bool:
+    """Whether several backward passes go through one graph."""
+    return config.simultaneous or config.combine is not None or config.log.exact_term_norms is not None
+
+
+def waits(gate: ImmediateGate | DeferredGate, owners: Mapping[str, Owner]) -> bool:
+    """Whether the finite check makes the host wait for a device."""
+    is_elsewhere = any(tensor.device.type != "cpu" for owner in owners.values() for tensor in owner.tensors)
+    return is_elsewhere and not gate.is_deferred
 
 
 def exact_every(config: RunConfig) -> int | None:

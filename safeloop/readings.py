@@ -42,7 +42,7 @@ class Readings:
     kinds: Sequence[str] = ("total", "owner", "module")
     skipped_total: int = 0
     _tallies: dict[str, _Tally] = field(default_factory=dict)
-    _inactive: dict[str, int] = field(default_factory=dict)
+    _inactive: dict[str, float] = field(default_factory=dict)
     _exact: dict[str, Tensor] = field(default_factory=dict)
     _steps: int = 0
     _samples: int = 0
@@ -69,8 +69,8 @@ class Readings:
         self._steps += 1
         self.skipped_total += report.num_skipped
         self._exact |= report.exact_norms
-        for name in report.inactive:
-            self._inactive[name] = self._inactive.get(name, 0) + 1
+        for name, part in report.inactive.items():
+            self._inactive[name] = self._inactive.get(name, 0.0) + part
         for name, norm in report.norms.items():
             tally = self._tallies.setdefault(name, _Tally())
             tally.norm = norm
@@ -94,7 +94,7 @@ class Readings:
         scalars = self._losses(numbers, report) | self._gradients(numbers) | self._rates() | self._pace()
         scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad", "loss_cos/"))}
         scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
-        scalars |= {f"safety/inactive/{name}": count / self._steps for name, count in self._inactive.items()}
+        scalars |= {f"safety/inactive/{name}": part / self._steps for name, part in self._inactive.items()}
         scalars["safety/skipped_total"] = float(self.skipped_total)
         self._tallies, self._inactive, self._exact = {}, {}, {}
         self._steps, self._samples, self._seconds = 0, 0, 0.0

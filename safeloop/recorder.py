@@ -90,13 +90,22 @@ class Recorder:
         return RunInfo(
             name=self.dir.name,
             dir=self.dir,
-            max_steps=assembly.stream.num_steps(config.run.max_steps),
+            max_steps=_num_steps(assembly, config.run.max_steps),
             plan=str(assembly.plan),
             config=loaded.text,
             owners=tuple(assembly.owners),
             modules=tuple(modules),
             hparams=_hparams(assembly),
         )
+
+
+def _num_steps(assembly: Assembly, max_steps: int | None) -> int | None:
+    """How many steps the run takes; None where nobody can know."""
+    program, known = assembly.program, [] if max_steps is None else [max_steps]
+    windows = assembly.stream.num_windows(program.window)
+    if windows is not None:
+        known.append(program.steps_in(windows))
+    return min(known, default=None)
 
 
 def _hparams(assembly: Assembly) -> dict[str, str | int | float | bool]:

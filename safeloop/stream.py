@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from math import ceil
 from typing import Any
 
 from safeloop.data.source import Source
+from safeloop.step.ended import DataEnded
 
-
-class DataEnded(Exception):
-    """There is no further micro-batch: the last epoch is over, or the data can be read only once."""
+__all__ = ["DataEnded", "Stream"]
 
 
 class Stream:
-    """Draws micro-batches: call it for the next one.
+    """Draws micro-batches: call it for the next one, `DataEnded` after the last of the last epoch.
+
+    A step of several turns is not begun where the data is known to be too short for it: what is left of the last epoch
+    is then not used. Data without a length can end inside a step: SL857.
 
     Args:
         source: the data.
@@ -38,13 +41,22 @@ class Stream:
         self._peeked: list[Any] = []
         self._num_drawn = 0
 
-    def num_steps(self, max_steps: int | None) -> int | None:
-        """How many steps a run of at most `max_steps` takes; None where nobody can know."""
+    def num_windows(self, size: int) -> int | None:
+        """How many windows of at most `size` micro-batches are still to come; None: no end, or nobody can know."""
         per_epoch = self._source.num_batches
-        known = [max_steps] if max_steps is not None else []
-        if per_epoch is not None and self._max_epochs is not None:
-            known.append(per_epoch * self._max_epochs)
-        return min(known, default=None)
+        epochs = 1 if self._source.is_one_shot else self._max_epochs
+        if per_epoch is None or epochs is None:
+            return None
+        here = per_epoch - self._num_drawn + len(self._peeked)
+        if here < 0:  # the length was wrong
+            return None
+        return ceil(here / size) + max(0, epochs - self.epoch - 1) * ceil(per_epoch / size)
+
+    def expect(self, windows: int, size: int) -> None:
+        """Raise `DataEnded` where so many windows of at most `size` are known not to come."""
+        left = self.num_windows(size)
+        if left is not None and left < windows:
+            raise DataEnded
 
     def __call__(self) -> Any:
         """The next micro-batch; `DataEnded` after the last."""

@@ -30,11 +30,13 @@ from safeloop.data.count import count
 from safeloop.data.move import resolve_device
 from safeloop.data.source import Source
 from safeloop.declared import declared_losses, declared_metrics
+from safeloop.drafting import wants_several_passes
 from safeloop.evaluation import preserved
 from safeloop.evaluator import Evaluator
 from safeloop.faults import Fault, FaultError
 from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.methods import phase_methods
+from safeloop.optim.permit import held
 from safeloop.phases import phases_of
 from safeloop.plan import Node, StepPlan
 from safeloop.recorder import Recorder
@@ -195,6 +197,7 @@ class Trainer:
             self._ledger.add(reader.faults(reader.due(returned, 0), is_first=True))
             values = {name: term_value(term) for name, term in returned.items()}
             self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
+            self._ledger.add(assembly.attendance.answer(phase, returned, reader.rules))
         return list(self.faults)
 
     def check_accumulation(self) -> AccumulationReport:
@@ -221,13 +224,15 @@ class Trainer:
         started = time.perf_counter()
         assembly = self._assembled()
         if (backend := self.config.run.compile_backend) is not None:
-            compile_model(self.model, backend, lambda: self._probe(assembly))
+            again = wants_several_passes(self.config) or self._is_custom
+            compile_model(self.model, backend, lambda: self._probe(assembly), keeps_buffers=again)
         seed_everything(self.config.run.seed)
         recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
         outcome = "failed"
         metrics: dict[str, float] = {}
         try:
-            outcome, metrics = self._loop(assembly, recorder)
+            with held(owner.permit for owner in assembly.owners.values()):
+                outcome, metrics = self._loop(assembly, recorder)
         except FaultError as error:
             self._ledger.raised(error, self.step)
             raise

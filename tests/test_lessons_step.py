@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import safeloop as sl
+from safeloop.autograd import engine as entry
 from safeloop.plan import Backward, Finite, Forward, Node, Phase, StepPlan, Term, Update, Zero
 
 OFF: dict[str, Any] = {"sinks": []}
@@ -212,7 +213,10 @@ def test_row_7_two_losses_over_a_shared_graph_are_one_pass_that_frees_it(monkeyp
     passes: list[dict[str, Any]] = []
     kept: list[Tensor] = []
     engine = torch.autograd.backward
+    assert entry._is_usable()
+    enter = entry._run
     monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: (passes.append(k), engine(*a, **k))[1])
+    monkeypatch.setattr(entry, "_run", lambda *a, **k: (passes.append({"retain_graph": a[2]}), enter(*a, **k))[1])
 
     def losses(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         terms = two_losses(model, batch)

@@ -252,7 +252,11 @@ def test_a_loss_function_that_calls_backward_itself_is_refused() -> None:
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(sl.FaultError) as caught:
         run(net, reals(), cls=Impatient)
-    assert caught.value.fault.code == "SL302"
+    assert caught.value.fault.code == "SL617"
+    assert "torch.autograd.grad" in caught.value.fault.fix
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    with pytest.raises(sl.FaultError, match="SL302"):
+        run(net, reals(), cls=Impatient, audit={"level": "off"})
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
@@ -296,6 +300,47 @@ def test_a_deferred_term_with_a_frequency_is_computed_on_its_steps_alone() -> No
     run(net, [full(1.0)], cls=Rare, losses={"rare": {"every": 3}}, run={"max_steps": 5})
     assert computed == [0, 3]
     assert net.at("a").item() == -25.0, "five times 1, twice 10, and not twice 30"
+
+
+class Unused(nn.Module):
+    """The `spare` head takes part in nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.spare = nn.Linear(2, 4), nn.Linear(4, 1)
+
+
+def test_what_got_no_gradient_is_named() -> None:
+    """Row 11: "parameters not used", without saying which. An optimizer that gets nothing is refused by its name."""
+
+    class Phased(sl.Trainer):
+        @sl.phase(trains=["body", "spare"])
+        def fit_body(self, batch: Tensor) -> dict[str, Tensor]:
+            return {"value": self.model.body(batch).square().mean()}
+
+    optimizers = {name: {**SGD, "lr": 0.1, "params": [f"{name}.*"]} for name in ("body", "spare")}
+    with pytest.raises(sl.FaultError) as caught:
+        run(Unused(), reals(), optimizers, cls=Phased)
+    assert caught.value.fault.code == "SL413"
+    assert caught.value.fault.names == ("spare",)
+
+
+def test_the_log_shows_which_parameters_had_a_gradient(tmp_path: Path) -> None:
+    """Row 11, inside one optimizer: what took no part is left as it was, and has no line in the log."""
+
+    class Fit(sl.Trainer):
+        def loss(self, batch: Tensor) -> Tensor:
+            return self.model.body(batch).square().mean()
+
+    net = Unused()
+    before = copy.deepcopy(net.spare.state_dict())
+    adamw = {"type": "AdamW", "lr": 0.1, "weight_decay": 0.5}
+    section, log = {"max_steps": 3, "dir": tmp_path}, {"every": 3, "sinks": ["jsonl"]}
+    (record,) = records(run(net, reals(), adamw, cls=Fit, run=section, log=log))
+    norms = {tag.removeprefix("module/grad_norm/") for tag in record if tag.startswith("module/grad_norm/")}
+    assert norms == {"body"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.spare.state_dict().items())
 
 
 def test_two_models_accumulate_together_and_apart() -> None:
@@ -541,6 +586,66 @@ def test_tokens_are_counted_and_not_batches() -> None:
     net = Weights()
     run(net, data, cls=Tokens, accumulate={"micro_batches": 2, "weight_by": "tokens"})
     assert net.at("a").item() == -2.0, "8 over four tokens"
+
+
+@pytest.mark.parametrize("num_optimizers", [1, 2])
+def test_a_window_of_unlike_sequences_has_the_gradient_of_one_big_batch(num_optimizers: int) -> None:
+    """Row 26: a model that knows nothing of windows stayed inexact, silently; the last, shorter window included."""
+
+    class Tagger(sl.Trainer):
+        def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            words, tags = batch
+            return F.cross_entropy(self.model(words).flatten(0, 1), tags.flatten(), ignore_index=-1)
+
+        def count_tokens(self, batch: tuple[Tensor, Tensor]) -> int:
+            return int((batch[1] >= 0).sum())
+
+    def make_net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 4)).double()
+
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(7, (10, 6), generator=generator)
+    tags = torch.randint(4, (10, 6), generator=generator)
+    tags[torch.rand(10, 6, generator=generator) < torch.linspace(0.0, 0.8, 10).unsqueeze(1)] = -1
+    micro = list(zip(words.split(2), tags.split(2), strict=True))
+    big = [(words[:6], tags[:6]), (words[6:], tags[6:])]
+    nets = make_net(), make_net()
+    sgd = {"type": "SGD", "lr": 0.5}
+    two = {"words": {**sgd, "params": ["0.*"]}, "tags": {**sgd, "params": ["1.*"]}}
+    optimizers = {"main": sgd} if num_optimizers == 1 else two
+    window = {"micro_batches": 3, "weight_by": "tokens"}
+    run(nets[0], micro, optimizers, cls=Tagger, accumulate=window, run={"max_epochs": 1})
+    run(nets[1], big, optimizers, cls=Tagger, run={"max_epochs": 1})
+    for ours, plain in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.allclose(ours, plain, rtol=0, atol=1e-14)
+
+
+def test_what_is_done_every_n_steps_lines_up_with_the_ends_of_windows(tmp_path: Path) -> None:
+    """Row 29: a cadence counted in micro-batches fell into the middle of a window, whose gradients were then lost."""
+    evaluated: list[tuple[int, float]] = []
+
+    class Watch(Linear):
+        def metrics(self, batch: Tensor) -> dict[str, Tensor]:
+            evaluated.append((self.step, self.model.at("a").item()))
+            return {"value": self.model.at("a") + batch.mean()}
+
+    section, log = {"max_epochs": 2, "dir": tmp_path}, {"every": 2, "sinks": ["jsonl"]}
+    data = [full(1.0)] * 10
+    accumulate, evaluate = {"micro_batches": 4}, {"every": 3}
+    result = run(
+        Weights(),
+        data,
+        cls=Watch,
+        eval_data=[full(0.0)],
+        run=section,
+        log=log,
+        accumulate=accumulate,
+        evaluate=evaluate,
+    )
+    assert result.steps == 6, "three windows an epoch: of 4, 4 and 2"
+    assert evaluated == [(3, -3.0), (6, -6.0)], "each after a whole number of updates"
+    assert [record["step"] for record in records(result)] == [2, 4, 6]
 
 
 def test_nothing_is_zeroed_between_the_micro_batches_of_a_window() -> None:

@@ -53,9 +53,44 @@ def test_what_can_be_read_once_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "epochs", "expected"), [(5, None, 5), (None, 2, 6), (5, 2, 5), (9, 2, 6), (None, None, None)]
+    ("size", "epochs", "drawn", "expected"),
+    [
+        (1, None, 0, None),
+        (1, 2, 0, 6),
+        (2, 2, 0, 4),
+        (2, 2, 1, 3),
+        (2, 2, 3, 2),
+        (2, 2, 4, 1),
+        (5, 2, 0, 2),
+        (1, 2, 6, 0),
+    ],
 )
-def test_the_number_of_steps_is_known_where_it_can_be(
-    steps: int | None, epochs: int | None, expected: int | None
+def test_the_number_of_windows_is_known_where_it_can_be(
+    size: int, epochs: int | None, drawn: int, expected: int | None
 ) -> None:
-    assert stream(["a", "b", "c"], epochs).num_steps(steps) == expected
+    for peeks in (False, True):
+        draw = stream(["a", "b", "c"], epochs)
+        for _ in range(drawn):
+            draw()
+        if peeks and expected != 0:
+            draw.peek()
+        assert draw.num_windows(size) == expected
+
+
+def test_a_length_that_is_wrong_is_not_believed() -> None:
+    class Short(list[str]):
+        def __len__(self) -> int:
+            return 1
+
+    draw = stream(Short(["a", "b", "c"]), max_epochs=1)
+    assert [draw(), draw()] == ["a", "b"]
+    assert draw.num_windows(1) is None
+
+
+def test_a_step_is_not_begun_where_the_data_is_too_short_for_it() -> None:
+    draw = stream(["a", "b", "c"], max_epochs=1)
+    draw.expect(3, 1)
+    draw()
+    with pytest.raises(DataEnded):
+        draw.expect(3, 1)
+    assert draw() == "b"

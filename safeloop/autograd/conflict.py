@@ -21,6 +21,10 @@ class NoSharedCut(Exception):
     """The terms share nothing but leaves."""
 
 
+class HiddenFeatures(NoSharedCut):
+    """The terms meet inside a compiled model, which shows its outputs only, and share none of them."""
+
+
 class HiddenPath(Exception):
     """The engine ran in an order that the walk over the graph did not foresee."""
 
@@ -71,15 +75,26 @@ def backward_at_cut(roots: Sequence[Tensor], seeds: Sequence[Tensor], factors: F
     measure, then for all, each root's gradient scaled where it enters the cut.
 
     Raises:
-        NoSharedCut: the roots share nothing but leaves.
+        NoSharedCut: the roots share nothing but leaves; `HiddenFeatures`: nothing that can be seen.
         HiddenPath: a shared node led to a node of one root alone; gradients are then of no use.
     """
     cut = shared_cut(roots)
     nodes = {node for node, _ in cut.edges}
     if not nodes:
         raise NoSharedCut
+    if _is_hidden(cut):
+        raise HiddenFeatures
     captured = _Captured(cut, seeds)
     return (_one_pass if len(nodes) == 1 else _two_passes)(roots, seeds, captured, factors)
+
+
+def _is_hidden(cut: Cut) -> bool:
+    """Whether the cut is compiled code, each of whose outputs serves one term alone."""
+    terms: dict[Edge, set[int]] = {}
+    for edge, term in [*((tap.edge, tap.term) for tap in cut.taps), *cut.roots]:
+        terms.setdefault(edge, set()).add(term)
+    is_compiled = all("CompiledFunction" in node.name() for node, _ in terms)
+    return is_compiled and all(len(readers) == 1 for readers in terms.values())
 
 
 def _one_pass(roots: Sequence[Tensor], seeds: Sequence[Tensor], captured: _Captured, factors: Factors) -> Products:

@@ -75,6 +75,7 @@ FILES: dict[str, str] = {
     "SL411": "terms/simultaneous.py",  # TermWithoutTrains
     "SL412": "terms/simultaneous.py",  # TermReachesNothingItTrains
     "SL413": "terms/phases.py",  # PhaseReachesNothing
+    "SL415": "terms/never.py",  # TermNeverActive (warning)
     "SL420": "terms/misuse.py",  # BroadcastInLoss (warning)
     "SL421": "terms/misuse.py",  # ProbabilitiesAsLogits (warning)
     "SL422": "terms/hand_made.py",  # PenaltyWithoutGraph
@@ -100,6 +101,8 @@ FILES: dict[str, str] = {
     "SL614": "update/accumulation.py",  # NothingToCompare
     "SL615": "setup/compiling.py",  # CompileRefused
     "SL616": "update/custom.py",  # CustomStepRefused
+    "SL617": "update/guards.py",  # GradientsTouched
+    "SL618": "update/guards.py",  # StepOutsideThePlan
     "SL620": "update/combine.py",  # TermsShareNoFeatures
     "SL621": "update/combine.py",  # CombinationFailed
     "SL622": "update/combine.py",  # TermsInseparable
@@ -140,5 +143,6 @@ FILES: dict[str, str] = {
     "SL854": "data/source.py",  # DataEndedEarly (warning)
     "SL855": "data/source.py",  # NotData
     "SL856": "data/source.py",  # RunFolderUnwritable
+    "SL857": "data/source.py",  # DataEndedInsideAStep (warning)
     "SL865": "data/run_folder.py",  # RunFolderUnreadable
 }

@@ -86,6 +86,14 @@ def user_frame(traceback: TracebackType | None) -> tuple[FrameType, Place] | Non
     return found[0], Place(code.co_filename, found[1], code_name(code))
 
 
+def calling_place() -> Place | None:
+    """The nearest place outside torch and safeloop on the way to this call; None where there is none."""
+    frame = inspect.currentframe()
+    while frame is not None and not is_user_code(frame):
+        frame = frame.f_back
+    return None if frame is None else Place(frame.f_code.co_filename, frame.f_lineno, code_name(frame.f_code))
+
+
 def is_user_code(frame: FrameType) -> bool:
     """Whether a frame runs code that is neither torch's nor safeloop's nor Python's own."""
     return _is_user_code(frame.f_code)

@@ -19,6 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from safeloop.autograd.norms import are_uniform
+from safeloop.optim.permit import Permit
 
 Kernel = Callable[["_Group", "list[Tensor]", "Tensor | None"], None]
 
@@ -92,8 +93,9 @@ _KERNELS: Mapping[type[Optimizer], Kernel] = {Adam: _adam, AdamW: _adamw, SGD: _
 class DirectUpdate:
     """Updates what one optimizer owns; bitwise the same as its `step()`. Made by `direct_update`."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, permit: Permit | None = None) -> None:
         self.optimizer = optimizer
+        self._permit = permit or Permit("", optimizer)
         self._kernel = _KERNELS[type(optimizer)]
         self._groups: list[_Group] = []
         self._state: Any = None
@@ -103,7 +105,7 @@ class DirectUpdate:
         """One update. `gradients` are those that exist, in the order of the param groups."""
         if not self._groups or len(gradients) != self._size or not self._fits():
             begin_late(self.optimizer)
-            self.optimizer.step()
+            self._permit.step()
             self._gather(gradients)
             return
         found_inf = getattr(self.optimizer, "found_inf", None)
@@ -118,7 +120,7 @@ class DirectUpdate:
         optimizer = self.optimizer
         return (
             self._state is optimizer.state.get(self._groups[0].tensors[0])
-            and not optimizer._optimizer_step_pre_hooks
+            and self._permit.is_all_that_hooks(optimizer._optimizer_step_pre_hooks)
             and not optimizer._optimizer_step_post_hooks
             and not _global_optimizer_pre_hooks
             and not _global_optimizer_post_hooks
@@ -165,15 +167,16 @@ def begin_late(optimizer: Optimizer) -> None:
                 optimizer.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
 
 
-def direct_update(optimizer: Optimizer) -> DirectUpdate | None:
-    """The direct path of an optimizer, or None where it has none.
+def direct_update(optimizer: Optimizer, permit: Permit | None = None) -> DirectUpdate | None:
+    """The direct path of an optimizer, or None where it has none; `permit` calls its `step()` where that is needed.
 
     It has one where its class is exactly `Adam`, `AdamW` or `SGD`, every group is fused and nothing unusual is
     switched on, and where a trial on one element gives the bits of `optimizer.step()` with this version of torch.
     """
     if type(optimizer) not in _KERNELS or not all(_is_usual(group) for group in optimizer.param_groups):
         return None
-    return DirectUpdate(optimizer) if all(_trial(type(optimizer), group) for group in optimizer.param_groups) else None
+    is_same = all(_trial(type(optimizer), group) for group in optimizer.param_groups)
+    return DirectUpdate(optimizer, permit) if is_same else None
 
 
 def _is_usual(group: Mapping[str, Any]) -> bool:

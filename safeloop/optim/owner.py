@@ -17,6 +17,7 @@ from safeloop.checks.wording import listed, suggestion
 from safeloop.optim.clipping import AdaptiveFields, ClipAdaptively, ClipByNorm, ClipByValue, Clipping
 from safeloop.optim.direct import DirectUpdate, direct_update
 from safeloop.optim.ownership import aliases, matches
+from safeloop.optim.permit import Permit
 from safeloop.optim.schedulers import Pace, move_by_metric
 
 
@@ -69,13 +70,17 @@ class Owner:
     """the metric that the schedule looks at"""
     tensors: list[nn.Parameter] = field(init=False)
     is_uniform: bool = field(init=False)
+    permit: Permit = field(init=False)
+    """what calls the optimizer's `step()`"""
     direct: DirectUpdate | None = field(init=False)
     """the direct path to the fused kernel; None where `optimizer.step()` is called"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", list(self.parameters.values()))
         object.__setattr__(self, "is_uniform", are_uniform(self.tensors))
-        object.__setattr__(self, "direct", direct_update(self.optimizer))
+        permit = Permit(self.name, self.optimizer)
+        object.__setattr__(self, "permit", permit)
+        object.__setattr__(self, "direct", direct_update(self.optimizer, permit))
 
     @property
     def is_fused(self) -> bool:

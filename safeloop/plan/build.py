@@ -63,6 +63,8 @@ class StepFacts:
     """steps between two exact measurements of each term's gradient norm"""
     combine: tuple[str, str] | None = None
     """rule by which the terms' gradients are combined, and where: `parameters` or `cut`; None: summed"""
+    waits: bool = False
+    """whether the host must wait for the device before an update"""
 
 
 def build_plan(
@@ -131,7 +133,7 @@ def _nodes(phase: PhaseFacts, owners: Sequence[OwnerFacts], step: StepFacts, pha
         yield Backward(*backward)
     if step.is_scaled:
         yield Unscale(names)
-    yield Finite(names, step.policy, step.is_deferred, step.is_scaled)
+    yield Finite(names, step.policy, step.is_deferred, step.is_scaled, step.waits)
     for owner in owners:
         if owner.clipping is not None:
             yield Clip(owner.name, *owner.clipping)
@@ -145,6 +147,6 @@ def _closure(phase: PhaseFacts, owner: OwnerFacts, step: StepFacts) -> ClosureUp
         Zero(names),
         Forward(phase.name, phase.terms, phase.is_open),
         Backward(phase.name, phase.terms, names, phase.is_open, step.exact_every),
-        Finite(names),
+        Finite(names, waits=step.waits),
     )
     return ClosureUpdate(owner.name, owner.optimizer, inner, owner.evaluations or 1)

@@ -156,6 +156,8 @@ class Finite(Node):
     is_deferred: bool = False
     is_scaled: bool = False
     """whether the backward pass was multiplied by a gradient scale"""
+    waits: bool = False
+    """whether the host must wait for the device to know"""
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -172,7 +174,8 @@ class Finite(Node):
 
     @property
     def note(self) -> str:
-        return f"policy {self.policy}" + (", read one step later" if self.is_deferred else "")
+        later, now = ", read one step later" * self.is_deferred, ", one sync: looked at before the update" * self.waits
+        return f"policy {self.policy}{later}{now}"
 
     @property
     def why(self) -> str:
@@ -180,7 +183,12 @@ class Finite(Node):
             return (
                 "a flag on the device blocks this update and all later ones; it is read one step later, without a sync"
             )
-        return "checked through the gradient norm, which the log needs anyway; all owners are refused together or none"
+        why = "checked through the gradient norm, which the log needs anyway; all owners are refused together or none"
+        if self.waits:
+            return (
+                f"{why}; without a sync only where policy is raise, no weights are averaged, and all kernels are fused"
+            )
+        return why
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from safeloop.faults import FaultError
 from safeloop.plan import show
 from safeloop.plan.closure import ClosureUpdate
 from safeloop.plan.node import Fact, Node
-from safeloop.plan.nodes import Update
+from safeloop.plan.nodes import Backward, Forward, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class StepPlan:
     def __post_init__(self) -> None:
         held: set[Fact] = set()
         for phase in self.phases:
+            _refuse_between(phase)
             for turn in range(min(phase.repeat, 2)):
                 held = _walk(f"phase `{phase.name}`", phase.nodes, held, turn)
             if never := [owner for owner in phase.trains if not _is_updated(phase, owner)]:
@@ -71,6 +72,36 @@ class StepPlan:
 
 def _is_updated(phase: Phase, owner: str) -> bool:
     return any(isinstance(node, Update | ClosureUpdate) and node.owner == owner for node in phase.nodes)
+
+
+def refuse_several(phase: Phase) -> None:
+    """See that a phase that is to run has one forward and one backward, which is for all its owners.
+
+    An order with several can be right, and a plan; the executor differentiates the terms of a phase together.
+
+    Raises:
+        FaultError: SL601, it has several.
+    """
+    verbs = [node.verb for node in phase.nodes if isinstance(node, Forward | Backward)]
+    if several := next((verb for verb in verbs if verbs.count(verb) > 1), None):
+        raise StepOutOfOrder.error(
+            f"phase `{phase.name}` has {verbs.count(several)} nodes `{several}`; a phase has one, for all its owners",
+            where=f"phase `{phase.name}`",
+            why="the terms of a phase are differentiated together; what must be apart is a phase of its own",
+            fix=f"put the other `{several}` into a phase of its own, or give its terms and owners to the first",
+        )
+
+
+def _refuse_between(phase: Phase) -> None:
+    inner = [index for index, node in enumerate(phase.nodes) if isinstance(node, Forward | Backward)]
+    if phase.micro_batches > 1 and inner and inner[-1] - inner[0] >= len(inner):
+        between = next(node for node in phase.nodes[inner[0] :] if not isinstance(node, Forward | Backward))
+        raise StepOutOfOrder.error(
+            f"`{between.verb}` stands between forward and backward, and would be done for each micro-batch",
+            where=f"phase `{phase.name}`, {phase.micro_batches} micro-batches for each update",
+            why=between.why,
+            fix=f"put `{between.verb}` before the forward or after the backward",
+        )
 
 
 def _walk(place: str, nodes: Sequence[Node], held: set[Fact], turn: int = 0) -> set[Fact]:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from safeloop.autograd.engine import run_backward
 from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
-from safeloop.checks.terms.phases import PhaseReachesNothing
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.averaging import Average
 from safeloop.optim.combining import CombineSpec
@@ -21,12 +21,14 @@ from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule
 from safeloop.plan import average as plan_average
 from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.simultaneous import SeparateBackward
+from safeloop.step.attendance import Attendance
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.clip import clipper
 from safeloop.step.combine import bind_combined
 from safeloop.step.exact import exact_norms
 from safeloop.step.finite import DeferredGate, ImmediateGate, gather
 from safeloop.step.precision import GradientScale, Precision
+from safeloop.step.reached import unreached
 from safeloop.step.report import Frame, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
@@ -111,6 +113,8 @@ class Parts:
     """the buffers from before each turn; None: a refused batch leaves its trace in them"""
     has_declared_phases: bool = False
     """whether every phase says itself what it trains"""
+    attendance: Attendance | None = None
+    """the list of terms over all phases; None: one of the single phase is made"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:
@@ -131,12 +135,13 @@ def _bind_zero(node: Zero, parts: Parts) -> Operation:
 def _bind_forward(node: Forward, parts: Parts) -> Operation:
     reader, losses, observer = parts.readers[node.phase], parts.losses[node.phase], parts.observer
     precision, model, source = parts.precision, parts.model, reader.rules.source
-    is_plain_format = precision.format == "fp32"
-    has_special = reader.has_special
+    is_plain_format, phase = precision.format == "fp32", node.phase
+    has_special, attendance = reader.has_special, parts.attendance or Attendance([phase])
+    calls_roll, has_permitted = attendance.is_shared, bool(attendance.permitted)
     wanted = {name: reader.rules.parameters[name] for name in reader.rules.owned}
 
     def forward(frame: Frame) -> None:
-        frame.source = source
+        frame.phase, frame.source = phase, source
         try:
             if frame.is_audited:
                 with observer.looking(frame.report.step, source), precision.autocast():
@@ -155,15 +160,19 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             observer.forwarded(frame.report.step)
         if has_special:
             reader.weigh(frame.report.step)
+        given, is_first = returned, frame.report.step == 0
         if has_special or any(map(callable, returned.values())):
             returned = reader.due(returned, frame.report.step)
-        is_plain = reader.read(returned, frame)
-        if not is_plain or frame.is_audited:
+        is_plain = reader.read(returned, frame) and bool(given)
+        if (not is_plain or frame.is_audited) and (returned or not given):  # terms that are not due are no mistake
             evidence = observer.evidence(returned) if frame.is_audited else None
-            found = reader.faults(returned, is_first=frame.report.step == 0, evidence=evidence)
-            observer.faults(found, frame.report.step)
+            observer.faults(reader.faults(returned, is_first=is_first, evidence=evidence), frame.report.step)
         if not is_plain:
             reader.read_unusual(returned, frame)
+        if calls_roll and is_first and frame.is_audited:
+            observer.faults(attendance.answer(phase, given, reader.rules), 0)
+        if has_permitted:
+            observer.faults(attendance.note(phase, returned, reader.rules, frame), frame.report.step)
         if frame.is_audited:
             roots = dict(zip(frame.root_names, frame.roots, strict=True))
             observer.differentiating(frame.report.step, roots, wanted, source)
@@ -187,7 +196,7 @@ def _bind_backward(node: Backward, parts: Parts) -> Operation:
             if measures_cut and frame.wants_modules and len(frame.roots) > 1:
                 _keep_geometry(frame, backward_with_taps(frame.roots, seeds), scale)
             else:
-                torch.autograd.backward(frame.roots, seeds)
+                run_backward(frame.roots, seeds)
         except RuntimeError as error:
             _explain(error, source, model, observer.failed() if frame.is_audited else ())
             raise
@@ -216,8 +225,11 @@ def _bind_unscale(node: Unscale, parts: Parts) -> Operation:
 
 def _bind_finite(node: Finite, parts: Parts) -> Operation:
     owners, gate, keeper = [parts.owners[name] for name in node.owners], parts.gate, parts.keeper
-    must_reach, observer = parts.has_declared_phases, parts.observer
+    observer, attendance = parts.observer, parts.attendance
     parameters = {name: parameter for owner in owners for name, parameter in owner.parameters.items()}
+    find_unreached = None
+    if parts.has_declared_phases and attendance is not None:
+        find_unreached = unreached(owners, attendance)
 
     def finite(frame: Frame) -> None:
         try:
@@ -230,20 +242,10 @@ def _bind_finite(node: Finite, parts: Parts) -> Operation:
             keeper.restore()
         if frame.is_audited:
             observer.differentiated(frame.report.step, parameters, frame.source)
-        if must_reach and frame.is_audited and frame.report.step == 0:
-            observer.faults(_idle(frame, owners), frame.report.step)
+        if find_unreached is not None:
+            observer.faults(find_unreached(frame), frame.report.step)
 
     return finite
-
-
-def _idle(frame: Frame, owners: Sequence[Owner]) -> list[Fault]:
-    """A fault where a declared phase leaves one of its optimizers, but not all, without any gradient."""
-    idle = [owner.name for owner in owners if not frame.gradients[owner.name]]
-    if not idle or len(idle) == len(owners) or frame.report.inactive:  # a permitted constant may be what reaches it
-        return []
-    what = f"the losses of the phase reach no parameter of `{idle[0]}`, which it trains"
-    fix = f"take `{idle[0]}` out of its `trains`, or look for a detach() between its parameters and the losses"
-    return [PhaseReachesNothing.fault(what, where=frame.source, fix=fix, names=idle)]
 
 
 def _bind_clip(node: Clip, parts: Parts) -> Operation:
@@ -252,10 +254,10 @@ def _bind_clip(node: Clip, parts: Parts) -> Operation:
 
 def _bind_update(node: Update, parts: Parts) -> Operation:
     owner = parts.owners[node.owner]
-    name, step, direct, tensors, bumps = owner.name, owner.optimizer.step, owner.direct, owner.tensors, owner.is_fused
+    name, step, direct, tensors, bumps = owner.name, owner.permit.step, owner.direct, owner.tensors, owner.is_fused
 
     def update(frame: Frame) -> None:
-        if frame.is_skipped:
+        if frame.is_skipped or not frame.gradients[name]:  # nothing was due, or nothing reached it: no update
             return
         if direct is None:
             step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,23 @@ from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.finite import ImmediateGate
 from safeloop.step.report import Frame
+from safeloop.step.window import WindowGuard
 
 ClosureOperation = Callable[[Frame, Sequence[Any]], None]
+
+
+class _NothingDue(Exception):
+    """No term counts on this step: there is no loss that the optimizer could ask for."""
 
 
 def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
     """The operation that a closure update stands for: a function of the frame of a turn and its micro-batches."""
     owner, keeper = parts.owners[node.owner], parts.keeper
-    kinds = [(type(inner), _bound(inner, parts)) for inner in node.inner]
-    end = max(index for index, (kind, _) in enumerate(kinds) if kind is Backward) + 1
-    zero, per_batch, after = kinds[0][1], [run for _, run in kinds[1:end]], [run for _, run in kinds[end:]]
+    operations = [_bound(inner, parts) for inner in node.inner]
+    end = max(index for index, inner in enumerate(node.inner) if isinstance(inner, Backward)) + 1
+    zero, after = operations[0], operations[end:]
+    guard = WindowGuard(owner.parameters, parts.observer, is_window=True)
+    per_batch = guard.around(node.inner[1:end], operations[1:end])
     weights = next(reader.rules.weights for reader in parts.readers.values())
 
     def update(frame: Frame, window: Sequence[Any]) -> None:
@@ -38,6 +45,7 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
             inner = Frame(frame.report, wants_modules=frame.wants_modules)
             inner.is_audited = frame.is_audited and not first_terms
             zero(inner)
+            guard.begin()
             for inner.batch, inner.share in zip(window, shares, strict=True):
                 for operate in per_batch:
                     operate(inner)
@@ -45,15 +53,16 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
                 operate(inner)
             if not first_terms:
                 first_terms.update(inner.terms)
-            return torch.stack([value * weights.get(name, 1.0) for name, value in inner.terms.items()]).sum()
+                frame.inactive = inner.inactive
+            return _total(inner.terms, weights)
 
         try:
-            owner.optimizer.step(evaluate)  # type: ignore[arg-type]
+            owner.permit.step(evaluate)
             _refuse_non_finite(owner.parameters, frame)
+        except _NothingDue:
+            return
         except BaseException:
-            with torch.no_grad():
-                for tensor, old in zip(owner.tensors, before, strict=True):
-                    tensor.copy_(old)
+            _put_back(owner.tensors, before)
             if keeper is not None:
                 keeper.restore()
             raise
@@ -61,6 +70,18 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
         frame.report.updated.add(owner.name)
 
     return update
+
+
+def _total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    if not terms:
+        raise _NothingDue
+    return torch.stack([value * weights.get(name, 1.0) for name, value in terms.items()]).sum()
+
+
+def _put_back(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
 
 
 def _bound(node: Any, parts: Parts) -> Operation:

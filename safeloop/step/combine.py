@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from safeloop.autograd.conflict import HiddenPath, NoSharedCut, Products, backward_at_cut, backward_at_parameters
+from safeloop.autograd.conflict import (
+    HiddenFeatures,
+    HiddenPath,
+    NoSharedCut,
+    Products,
+    backward_at_cut,
+    backward_at_parameters,
+)
 from safeloop.checks.update.combine import CombinationFailed, TermsShareNoFeatures
 from safeloop.optim.combining import CombineSpec
 from safeloop.plan.combine import CombinedBackward
@@ -88,13 +95,19 @@ def _failed(spec: CombineSpec, gram: Tensor, reason: str) -> Exception:
 def _at_cut(frame: Frame, spec: CombineSpec, seed: int) -> Products:
     try:
         return backward_at_cut(frame.roots, frame.seeds, lambda gram: _factors(spec, gram, seed))
-    except NoSharedCut:
+    except NoSharedCut as found:
+        is_hidden = isinstance(found, HiddenFeatures)
         names = ", ".join(f"`{name}`" for name in frame.root_names)
         raise TermsShareNoFeatures.error(
-            f"the terms {names} share no features, so that there is no cut at which to combine their gradients",
+            f"the terms {names} share no features"
+            + " outside the compiled model" * is_hidden
+            + ", so that there is no cut at which to combine their gradients",
             where=frame.source,
-            why="their graphs meet in parameters only, or not at all",
-            fix="set `combine.at: parameters`",
+            why="a compiled model is one node, which shows its outputs only, and each of these serves one term alone"
+            if is_hidden
+            else "their graphs meet in parameters only, or not at all",
+            fix="set `combine.at: parameters`"
+            + ", or `run.compile: false`, or return the shared features from the model" * is_hidden,
         ) from None
     except HiddenPath:
         raise CombinationFailed.error(

@@ -23,20 +23,23 @@ def compiled_parts(model: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
-def compile_model(model: nn.Module, backend: str, trial: Callable[[], object]) -> None:
+def compile_model(model: nn.Module, backend: str, trial: Callable[[], object], *, keeps_buffers: bool = False) -> None:
     """Compile the model in place: same module, same parameters, `state_dict` as before.
 
     Args:
         model: what the loss functions call.
         backend: a name of `torch.compile`'s.
         trial: runs the model once, so that a refusal comes before the first step.
+        keeps_buffers: whether several passes go through one graph. A compiled backward pass otherwise reuses the memory
+            of what was saved for it, and torch refuses to run it twice.
 
     Raises:
         FaultError: SL615, torch refuses.
     """
     try:
         for part in compiled_parts(model).values():
-            part._compiled_call_impl = torch.compile(_call_of(part), backend=backend)
+            call = torch.compile(_call_of(part), backend=backend)
+            part._compiled_call_impl = _keeping_buffers(call) if keeps_buffers else call
         from torch._dynamo.exc import TorchDynamoException
     except (RuntimeError, ImportError) as error:
         raise _refused(error, backend) from error
@@ -58,6 +61,17 @@ def _call_of(module: nn.Module) -> Callable[..., Any]:
 
     call.__code__ = call.__code__.replace()
     return call
+
+
+def _keeping_buffers(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Whatever is compiled within a call keeps what its backward pass reads; torch's setting is as before after it."""
+    from torch._functorch import config
+
+    def call_keeping(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(donated_buffer=False):
+            return call(*args, **kwargs)
+
+    return call_keeping
 
 
 def _has_forward(module: nn.Module) -> bool:

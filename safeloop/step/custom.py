@@ -128,7 +128,8 @@ class Operations:
             raise self._out_of_order(updates[0], missing)
         is_scaled = parts.precision.scale is not None
         nodes: list[Node] = [Unscale(names)] if is_scaled else []
-        nodes.append(Finite(names, parts.gate.policy, parts.gate.is_deferred, is_scaled))
+        waits = not parts.gate.is_deferred and any(owner.tensors[0].device.type != "cpu" for owner in bound.values())
+        nodes.append(Finite(names, parts.gate.policy, parts.gate.is_deferred, is_scaled, waits))
         nodes += [Clip(name, *owner.limit) for name, owner in bound.items() if owner.limit is not None]
         frame = Frame(self._report, source=self._reader.rules.source, wants_modules=self._wants_modules)
         frame.terms = dict(self._terms)
@@ -148,6 +149,7 @@ class Operations:
             self._reader.read_unusual(returned, frame)
         self._terms |= frame.terms
         self._report.terms |= frame.terms
+        self._report.inactive |= dict.fromkeys(frame.inactive, 1.0)
 
     def _reached(self, roots: list[Tensor]) -> tuple[str, ...]:
         reached = [reach(root) for root in roots]
@@ -215,7 +217,9 @@ class CustomRun:
     def __call__(
         self, draw: Callable[[], Any], report: StepReport, *, is_audited: bool = False, wants_modules: bool = False
     ) -> None:
-        """One step."""
+        """One step; where an update is refused, buffers are as they were when it began (or one step before that)."""
+        if self._parts.keeper is not None:
+            self._parts.keeper.keep()
         ops = Operations(self._parts, draw, report, is_audited=is_audited, wants_modules=wants_modules)
         self._run(ops, draw(), report.step)
 
@@ -252,11 +256,10 @@ class _Rehearsal(Operations):
 
 
 def _rehearsing(parts: Parts) -> Parts:
-    """With a gate and a gradient scale of its own."""
+    """With a gate and a gradient scale of its own; whoever rehearses puts the buffers back."""
     device = next(tensor.device for owner in parts.owners.values() for tensor in owner.tensors)
-    return replace(
-        parts, gate=ImmediateGate(policy=parts.gate.policy), precision=Precision(parts.precision.format, device)
-    )
+    gate, precision = ImmediateGate(policy=parts.gate.policy), Precision(parts.precision.format, device)
+    return replace(parts, gate=gate, precision=precision, keeper=None)
 
 
 def custom_plan(plan: StepPlan, owners: tuple[str, ...], record: list[Node] | None = None) -> StepPlan:

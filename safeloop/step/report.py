@@ -46,8 +46,8 @@ class StepReport:
     """owner -> whether clipping changed its gradients: 1 or 0"""
     clipped_norms: dict[str, Reading] = field(default_factory=dict)
     """owner -> norm of its gradients after clipping; filled on the steps that log"""
-    inactive: tuple[str, ...] = ()
-    """terms that were constant on this batch and are declared `may_be_constant`"""
+    inactive: dict[str, float] = field(default_factory=dict)
+    """term declared `may_be_constant` -> the part of the step on which it was missing, or reached no parameter"""
     updated: set[str] = field(default_factory=set)
     """owners that were updated at least once"""
     num_skipped: int = 0
@@ -60,6 +60,7 @@ class Frame:
 
     report: StepReport
     batch: Any = None
+    phase: str = ""
     source: str = ""
     """where the loss function is defined"""
     share: float | None = None
@@ -78,7 +79,13 @@ class Frame:
     """loss term -> its value before weighting, so far in this turn"""
     term_gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)
     """loss term -> its gradients so far in this window; only under accumulation, on the steps that measure them"""
+    inactive: dict[str, float] = field(default_factory=dict)
+    """permitted term -> the part of the window on which it was left out"""
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     """owner -> its gradients"""
     totals: dict[str, Tensor] = field(default_factory=dict)
     """owner -> norm of its gradients before clipping, 0-d"""
+
+    def leave_out(self, term: str) -> None:
+        """Count a permitted term as left out of the present micro-batch."""
+        self.inactive[term] = self.inactive.get(term, 0.0) + (1.0 if self.share is None else self.share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,13 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from safeloop.plan import Backward, Forward, Phase, StepPlan
+from safeloop.plan import Backward, Forward, Phase, StepPlan, Zero
 from safeloop.plan.closure import ClosureUpdate
+from safeloop.plan.plan import refuse_several
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
+from safeloop.step.ended import DataEnded, half_done
 from safeloop.step.report import Frame, StepReport
+from safeloop.step.window import WindowGuard
 
 
 class Draw(Protocol):
@@ -27,6 +31,9 @@ class Draw(Protocol):
 
     def window(self, size: int) -> list[Any]:
         """The next `size` micro-batches, fewer at the end of an epoch."""
+
+    def expect(self, windows: int, size: int) -> None:
+        """Raise `DataEnded` where so many windows of at most `size` micro-batches are known not to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +55,39 @@ class _BoundPhase:
 
 
 class Program:
-    """A plan bound to live objects: one operation for each node, ready to run."""
+    """A plan bound to live objects: one operation for each node, ready to run.
+
+    Raises:
+        FaultError: SL601, a phase has several forwards or backwards.
+    """
 
     def __init__(self, plan: StepPlan, parts: Parts) -> None:
         self.observer = parts.observer
         self.custom = None if parts.custom is None else CustomRun(parts.custom, parts)
         self.phases = [] if parts.custom is not None else [_bound(phase, parts) for phase in plan.phases]
         self.closing = tuple(bind(node, parts) for node in plan.closing)
+        self.owners = tuple(parts.owners)
+        self.window = max((phase.micro_batches for phase in self.phases), default=1)
+        self.has_turns = sum(phase.repeat for phase in self.phases) > 1
+        """whether a step may need several windows"""
+
+    def turns(self, step: int) -> int:
+        """How many windows of micro-batches a step needs; of a custom step, the least."""
+        return sum(phase.repeat for phase in self.phases if step % phase.every == 0) if self.phases else 1
+
+    def steps_in(self, windows: int) -> int:
+        """How many steps, from the first, so many windows are enough for."""
+
+        def is_too_many(steps: int) -> bool:
+            needed = sum(phase.repeat * -(-steps // phase.every) for phase in self.phases) if self.phases else steps
+            return needed > windows
+
+        longest = windows * max((phase.every for phase in self.phases), default=1) + 1
+        return bisect(range(longest + 1), False, key=is_too_many) - 1
 
 
 def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = False) -> StepReport:
-    """One pass through the plan.
+    """One pass through the plan; not begun where the data is known to end within it.
 
     Args:
         program: the bound plan.
@@ -68,11 +97,26 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
 
     Raises:
         FaultError: before any parameter has been changed by what it is about.
+        DataEnded: there is no further micro-batch; SL857 is told where that broke the step off.
     """
     report = StepReport(step)
     observer = program.observer
     started = time.perf_counter() if observer.is_on else 0.0
-    is_audited = observer.wants(step)
+    if program.has_turns:
+        draw.expect(program.turns(step), program.window)
+    try:
+        _run(program, draw, report, wants_modules)
+    except DataEnded:
+        observer.faults(half_done(report, program.owners), step)
+        raise
+    if observer.is_on:
+        observer.done(step, time.perf_counter() - started)
+    return report
+
+
+def _run(program: Program, draw: Draw, report: StepReport, wants_modules: bool) -> None:
+    step = report.step
+    is_audited = program.observer.wants(step)
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
     if program.custom is not None:
@@ -88,9 +132,6 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
         frame = Frame(report)
         for operate in program.closing:
             operate(frame)
-    if observer.is_on:
-        observer.done(step, time.perf_counter() - started)
-    return report
 
 
 def _run_confined(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: bool, wants_modules: bool) -> None:
@@ -126,6 +167,8 @@ def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: b
         for operate in phase.after:
             operate(frame)
         report.terms.update(frame.terms)
+        for name, part in frame.inactive.items():
+            report.inactive[name] = report.inactive.get(name, 0.0) + part / phase.repeat
         report.num_skipped += frame.is_skipped
 
 
@@ -137,12 +180,16 @@ def _keep(keeper: BufferKeeper) -> Operation:
 
 
 def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
+    refuse_several(phase)
     closure = next((node for node in phase.nodes if isinstance(node, ClosureUpdate)), None)
     nodes = () if closure is not None else phase.nodes
     inner = [i for i, node in enumerate(nodes) if isinstance(node, (Forward, Backward))]
     first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
     operations = tuple(bind(node, parts) for node in nodes)
     keeps: tuple[Operation, ...] = () if parts.keeper is None else (_keep(parts.keeper),)
+    owned = {n: p for name in phase.trains for n, p in parts.owners[name].parameters.items()} if inner else {}
+    is_zeroed = any(isinstance(node, Zero) for node in nodes[:first])
+    guard = WindowGuard(owned, parts.observer, is_window=phase.micro_batches > 1)
     trained = {id(tensor) for name in phase.trains for tensor in parts.owners[name].tensors}
     others = (p for owner in parts.owners.values() for p in owner.tensors if id(p) not in trained)
     return _BoundPhase(
@@ -151,8 +198,8 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         phase.micro_batches,
         parts.shares,
         tuple(others),
-        (*keeps, *operations[:first]),
-        operations[first:last],
+        (*keeps, *operations[:first], *([guard.begin] if phase.micro_batches > 1 else [])),
+        guard.around(nodes[first:last], operations[first:last]) if is_zeroed else operations[first:last],
         operations[last:],
         None if closure is None else bind_closure(closure, parts),
     )

@@ -76,6 +76,7 @@ class TermReader:
         self.rules = rules
         self._weights = rules.weights
         self._seeds: dict[str, Tensor] = {}
+        self._owned = {id(rules.parameters[name]) for name in rules.owned if name in rules.parameters}
 
     def due(self, returned: Mapping[str, Any], step: int) -> Mapping[str, Any]:
         """The terms that count on this step, deferred ones computed now, in their order."""
@@ -92,9 +93,15 @@ class TermReader:
 
     def read(self, returned: Mapping[str, Any], frame: Frame) -> bool:
         """Fill `frame` with roots, seeds and values; False where some term is not a plain differentiable scalar."""
-        is_plain = True
+        is_plain, owned = True, self._owned
         for name, term in returned.items():
-            if isinstance(term, Tensor) and term.requires_grad and term.dim() == 0 and term.dtype.is_floating_point:
+            if (
+                isinstance(term, Tensor)
+                and term.requires_grad
+                and term.dim() == 0
+                and term.dtype.is_floating_point
+                and (not term.is_leaf or id(term) in owned)
+            ):
                 self._take(frame, name, term, self._seed(name, term), term.detach())
             else:
                 is_plain = False
@@ -108,11 +115,11 @@ class TermReader:
                 continue
             tensor, weights = term if isinstance(term, tuple) else (term, None)
             value = term_value(term)
-            if tensor.requires_grad:
+            if tensor.requires_grad and (not tensor.is_leaf or id(tensor) in self._owned):
                 self._take(frame, name, tensor, weights * self._weights.get(name, 1.0), value)
             else:
                 _add(frame.terms, name, value, frame.share)
-                frame.report.inactive = (*frame.report.inactive, name)
+                frame.leave_out(name)
 
     @property
     def has_special(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -74,14 +75,16 @@ class Job(NamedTuple):
 
 
 def train(job: Job) -> list[Step]:
-    """Train until steps or data end; a step that the data does not suffice for keeps its updates and does not count."""
+    """Train until steps or data end; a step that the data does not suffice for is not begun."""
     windows = cut_into_windows(job.data, job.micro_batches, job.max_epochs)
     steps: list[Step] = []
     while job.max_steps is None or len(steps) < job.max_steps:
-        try:
-            steps.append(one_step(job, windows, len(steps)))
-        except StopIteration:
+        number = len(steps)
+        needed = sum(phase.repeat for phase in job.phases if number % phase.every == 0)
+        drawn = list(islice(windows, needed))
+        if len(drawn) < needed:
             break
+        steps.append(one_step(job, iter(drawn), number))
     return steps
 
 
@@ -115,6 +118,8 @@ def one_step(job: Job, windows: Iterator[Sequence[Any]], number: int) -> Step:
                 num_skipped += 1
                 continue
             for name in phase.trains:
+                if turn_norms[name] is None:  # nothing reaches it: it is not updated, and its schedule stands still
+                    continue
                 clip(job.owners[name], turn_norms[name])
                 job.owners[name].optimizer.step()
                 updated.add(name)

@@ -16,6 +16,8 @@ from safeloop.faults import FaultError
 from safeloop.optim.clipping import ClipByNorm
 from safeloop.optim.owner import Owner
 from safeloop.plan import Backward, Clip, Finite, Forward, Node, Phase, StepPlan, Term, Update, Zero
+from safeloop.plan.combine import CombinedBackward
+from safeloop.plan.simultaneous import SeparateBackward
 from safeloop.step import ImmediateGate, Parts, Precision, Program, TermReader, TermRules, run_step
 
 OWNERS = ("main",)
@@ -102,3 +104,30 @@ def test_a_refusal_names_the_node_that_would_mend_it() -> None:
 
 def test_a_repeated_phase_is_checked_in_its_second_turn_too() -> None:
     StepPlan((Phase("train", NODES, OWNERS, repeat=5),))
+
+
+def split(owner: str, kind: type[Backward] = Backward) -> tuple[Node, ...]:
+    term = (Term(f"loss_{owner}"),)
+    rest = {SeparateBackward: [((f"{owner}.*",),)], CombinedBackward: ["pcgrad", "cut"]}.get(kind, [])
+    return Forward("train", term), kind("train", term, (owner,), False, None, *rest)
+
+
+@pytest.mark.parametrize("kind", [Backward, SeparateBackward, CombinedBackward])
+def test_two_backward_passes_in_one_phase_cannot_be_run(kind: type[Backward]) -> None:
+    """They were run, and each gave its gradients to every owner."""
+    ends = [node for owner in ("a", "b") for node in (Finite((owner,)), Update(owner, "SGD"))]
+    plan = StepPlan((Phase("train", (Zero(("a", "b")), *split("a"), *split("b", kind), *ends), ("a", "b")),))
+    with pytest.raises(FaultError) as caught:
+        run_plan(plan)
+    assert caught.value.fault.code == "SL601"
+    assert "2 nodes" in caught.value.fault.what
+
+
+def test_what_stands_between_forward_and_backward_would_be_done_for_each_micro_batch() -> None:
+    """A zero there is right for one micro-batch, and would forget all but the last of a window."""
+    zero, forward, backward, *rest = NODES
+    StepPlan((Phase("train", (forward, zero, backward, *rest), OWNERS),))
+    with pytest.raises(FaultError) as caught:
+        StepPlan((Phase("train", (forward, zero, backward, *rest), OWNERS, micro_batches=2),))
+    assert caught.value.fault.code == "SL601"
+    assert "`zero`" in caught.value.fault.what

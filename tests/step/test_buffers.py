@@ -95,3 +95,62 @@ def test_a_healthy_run_has_the_same_bits_with_and_without_it(monkeypatch: pytest
     monkeypatch.setattr(BufferKeeper, "keep", lambda self: None)
     fit(plain, batches())
     assert same(ours, plain)
+
+
+class ByHand(sl.Trainer):
+    """Two updates in a step, each on a batch of its own."""
+
+    def custom_step(self, ops: Any, batch: Tensor) -> None:
+        for one in (batch, ops.draw()):
+            ops.zero()
+            ops.backward({"value": (self.model(one) - 1).square().mean()})
+            ops.update()
+
+
+def by_hand(net: nn.Module, data: list[Tensor], **sections: Any) -> sl.RunResult:
+    run = {"max_steps": len(data) // 2}
+    optimizer = {"type": "Adam", "lr": 0.1}
+    return ByHand(model=net, data=data, optimizers=optimizer, run=run, log=OFF, **sections).fit()
+
+
+def statistics(net: nn.Module) -> list[Tensor]:
+    return [buffer.clone() for buffer in net.buffers()]
+
+
+@pytest.mark.parametrize("poisoned", [2, 3])
+def test_a_custom_step_that_is_refused_leaves_no_trace_in_running_statistics(poisoned: int) -> None:
+    ours, plain = make_net(), make_net()
+    with pytest.raises(sl.FaultError, match=r"SL405|SL501"):
+        by_hand(ours, batches(poisoned))
+    by_hand(plain, batches()[:2])
+    assert all(map(torch.equal, statistics(ours), statistics(plain))), "as they were when the step began"
+
+
+@pytest.mark.parametrize("poisoned", [2, 3])
+def test_a_custom_step_whose_update_is_skipped_keeps_its_statistics_finite(poisoned: int) -> None:
+    net = make_net()
+    result = by_hand(net, batches(poisoned), nonfinite={"policy": "skip", "max_consecutive": 1})
+    assert result.steps == 3
+    assert all(bool(buffer.isfinite().all()) for buffer in net.buffers())
+
+
+@pytest.mark.parametrize("poisoned", [2, 3, 4, 5])
+def test_the_same_in_a_custom_step_where_the_check_is_read_later(monkeypatch: Any, poisoned: int) -> None:
+    def deferred(config: Any, owners: Any, device: torch.device, precision: Any) -> DeferredGate:
+        return DeferredGate(owners.values(), device)
+
+    monkeypatch.setattr("safeloop.assembly._gate", deferred)
+    net = make_net()
+    with pytest.raises(sl.FaultError):
+        by_hand(net, batches(poisoned))
+    assert all(bool(buffer.isfinite().all()) for buffer in net.buffers())
+
+
+def test_planning_a_custom_step_leaves_the_buffers_as_they_were() -> None:
+    net = make_net()
+    before = statistics(net)
+    data = batches(poisoned=0)
+    run = ByHand(model=net, data=data, optimizers={"type": "Adam", "lr": 0.1}, run={"max_steps": 1}, log=OFF)
+    with pytest.raises(sl.FaultError):
+        run.plan()
+    assert all(map(torch.equal, before, statistics(net)))

@@ -1,4 +1,4 @@
-"""Checks of the data and of the place where a run happens: SL851 to SL856."""
+"""Checks of the data and of the place where a run happens: SL851 to SL857."""
 
 from __future__ import annotations
 
@@ -192,6 +192,62 @@ class DataEndedEarly(Check):
 
     code = "SL854"
     title = "data ended early"
+    severity: ClassVar[Severity] = "warning"
+
+
+class DataEndedInsideAStep(Check):
+    """The data ended in the middle of a step, and some optimizers were updated while others were not.
+
+    ## What it does
+    A step of several turns, as of phases that repeat, is not begun where the data is known to be too short for it.
+    Where nobody can know, because the data has no length or a `custom_step` draws for itself, this warns: what was
+    updated stays updated, the step is not counted, its schedules and averages do not move.
+
+    ## Why it is bad
+    The last weights of the optimizers do not belong together: of a GAN, the critic is ahead of its generator.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        @sl.phase(trains="main", repeat=3)
+        def fit_three_times(self, batch):
+            return {"value": self.model(batch).square().mean()}
+
+    class Batches:
+        def __iter__(self):
+            yield from torch.randn(5, 8, 4)
+
+    sgd = {"main": {"type": "SGD", "lr": 0.1}}
+    Run(model=nn.Linear(4, 1), data=Batches(), optimizers=sgd, run={"max_epochs": 1}).fit()
+    ```
+
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        @sl.phase(trains="main", repeat=3)
+        def fit_three_times(self, batch):
+            return {"value": self.model(batch).square().mean()}
+
+    class Batches:
+        def __iter__(self):
+            yield from torch.randn(5, 8, 4)
+
+        def __len__(self):
+            return 5
+
+    sgd = {"main": {"type": "SGD", "lr": 0.1}}
+    Run(model=nn.Linear(4, 1), data=Batches(), optimizers=sgd, run={"max_epochs": 1}).fit()
+    ```
+
+    ## Fix
+    Give the data a length, or set `run.max_steps` to the steps that it can complete.
+
+    ## Source
+    safeloop's own rule.
+    """
+
+    code = "SL857"
+    title = "data ended inside a step"
     severity: ClassVar[Severity] = "warning"
 
 

@@ -56,7 +56,7 @@ class TermIsNotATensor(Check):
     @classmethod
     def find(cls, view: TermsView) -> Iterator[Fault]:
         """One fault for each such term, or one where nothing was returned at all."""
-        if not view.terms and not view.declared:
+        if not (view.terms or view.declared or view.constants_allowed):
             yield cls.fault(
                 "the loss function returned no term", where=view.source, fix="return at least one loss term"
             )
