@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
+from safeloop.audit.replay import TurnReplayer
 from safeloop.checks.config.values import ArgumentsRefused
 from safeloop.checks.stages import setup_faults
 from safeloop.checks.update.closure import TokensWithoutCount
@@ -57,6 +58,8 @@ class Assembly:
     keeper: BufferKeeper | None
     weights: Mapping[str, float]
     """loss term -> its present weight"""
+    replayer: TurnReplayer | None = None
+    """explains what the finite check refuses; None at `audit.level: off`"""
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
@@ -98,6 +101,9 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
     keeper = None if given.custom is not None else BufferKeeper(model, depth=2 if gate.is_deferred else 1)
+    replayer = None
+    if config.audit.level != "off" and given.custom is None:
+        replayer = TurnReplayer(model, is_scaled=precision.scale is not None)
     parts = Parts(
         model,
         losses,
@@ -116,10 +122,11 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         custom=given.custom,
         combine=config.combine,
         seed=config.run.seed,
+        replayer=replayer,
     )
     program = Program(plan, parts)
     return Assembly(
-        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, average
+        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, replayer, average
     )
 
 

@@ -269,10 +269,13 @@ class Trainer:
             readings.resume(stream.num_samples)
         try:
             run.gate.finish()
-        except FaultError:
+        except FaultError as error:
             if run.keeper is not None:
                 run.keeper.restore(turns=1)
-            raise
+            refused = run.gate.refused
+            if run.replayer is None or refused is None:
+                raise
+            raise run.replayer.explained(error, refused) from None
         if evaluator is not None and last_evaluated != self.step:
             metrics = evaluator(run, recorder)
         return self._outcome(), metrics

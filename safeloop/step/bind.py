@@ -30,6 +30,7 @@ from safeloop.step.report import Frame, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
 from safeloop.step.terms import TermReader, no_mapping
+from safeloop.step.turn import Replayer
 
 Operation = Callable[[Frame], None]
 Losses = Callable[[Any], Mapping[str, Any]]
@@ -86,6 +87,8 @@ class Parts:
     """the buffers from before each turn; None: a refused batch leaves its trace in them"""
     has_declared_phases: bool = False
     """whether every phase says itself what it trains"""
+    replayer: Replayer | None = None
+    """what runs a refused turn again to find the origin of a NaN; None: nothing is kept for it"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,18 @@ from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.finite import ImmediateGate
 from safeloop.step.report import Frame
+from safeloop.step.turn import Rerun, capturing, explaining
 
 ClosureOperation = Callable[[Frame, Sequence[Any]], None]
 
 
-def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
+def bind_closure(node: ClosureUpdate, parts: Parts, rerun: Rerun | None = None) -> ClosureOperation:
     """The operation that a closure update stands for: a function of the frame of a turn and its micro-batches."""
     owner, keeper = parts.owners[node.owner], parts.keeper
     kinds = [(type(inner), _bound(inner, parts)) for inner in node.inner]
     end = max(index for index, (kind, _) in enumerate(kinds) if kind is Backward) + 1
     zero, per_batch, after = kinds[0][1], [run for _, run in kinds[1:end]], [run for _, run in kinds[end:]]
+    captures = capturing(parts, None if rerun is None else replace(rerun, keeper=keeper))
     weights = next(reader.rules.weights for reader in parts.readers.values())
 
     def update(frame: Frame, window: Sequence[Any]) -> None:
@@ -37,7 +40,9 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
         def evaluate() -> Tensor:
             inner = Frame(frame.report, wants_modules=frame.wants_modules)
             inner.is_audited = frame.is_audited and not first_terms
-            zero(inner)
+            inner.window = window
+            for operate in (*captures, zero):
+                operate(inner)
             for inner.batch, inner.share in zip(window, shares, strict=True):
                 for operate in per_batch:
                     operate(inner)
@@ -66,7 +71,7 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
 def _bound(node: Any, parts: Parts) -> Operation:
     if isinstance(node, Finite):  # an evaluation cannot be skipped: the search would go on from half an answer
         gate, owners = ImmediateGate(), [parts.owners[name] for name in node.owners]
-        return lambda frame: gate.check(frame, owners)
+        return explaining(lambda frame: gate.check(frame, owners), replace(parts, gate=gate))
     return bind(node, parts)
 
 

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from safeloop.plan import Backward, Forward, Phase, StepPlan
+from safeloop.plan import Backward, Finite, Forward, Phase, StepPlan
 from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
 from safeloop.step.report import Frame, StepReport
+from safeloop.step.turn import Rerun, capturing, explaining, rerun_of
 
 
 class Draw(Protocol):
@@ -42,6 +43,8 @@ class _BoundPhase:
     inner: tuple[Operation, ...]
     """forward and backward: once for each micro-batch"""
     after: tuple[Operation, ...]
+    rerun: Rerun | None = None
+    """how to run forward and backward once more"""
     closure: ClosureOperation | None = None
     """instead of all these: an update that runs forward and backward itself"""
 
@@ -107,12 +110,13 @@ def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: b
             phase.closure(frame, [draw()] if phase.micro_batches == 1 else draw.window(phase.micro_batches))
         elif phase.micro_batches == 1:
             frame.batch = draw()
+            frame.window = (frame.batch,)
             for operate in phase.before:
                 operate(frame)
             for operate in phase.inner:
                 operate(frame)
         else:
-            window = draw.window(phase.micro_batches)
+            window = frame.window = draw.window(phase.micro_batches)
             for operate in phase.before:
                 operate(frame)
             for frame.batch, frame.share in zip(window, phase.shares(window), strict=True):
@@ -136,7 +140,10 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
     nodes = () if closure is not None else phase.nodes
     inner = [i for i, node in enumerate(nodes) if isinstance(node, (Forward, Backward))]
     first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
-    operations = tuple(bind(node, parts) for node in nodes)
+    operations = tuple(
+        explaining(bind(node, parts), parts) if isinstance(node, Finite) else bind(node, parts) for node in nodes
+    )
+    rerun = rerun_of(phase.name, nodes if closure is None else closure.inner, parts, bind)
     keeps: tuple[Operation, ...] = () if parts.keeper is None else (_keep(parts.keeper),)
     trained = {id(tensor) for name in phase.trains for tensor in parts.owners[name].tensors}
     others = (p for owner in parts.owners.values() for p in owner.tensors if id(p) not in trained)
@@ -146,8 +153,9 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         phase.micro_batches,
         parts.shares,
         tuple(others),
-        (*keeps, *operations[:first]),
+        (*keeps, *capturing(parts, rerun), *operations[:first]),
         operations[first:last],
         operations[last:],
-        None if closure is None else bind_closure(closure, parts),
+        rerun,
+        None if closure is None else bind_closure(closure, parts, rerun),
     )
