@@ -10,7 +10,7 @@ from typing import Literal
 Severity = Literal["error", "warning"]
 
 _WIDTH = 120
-_EXIT_CODES = (("SL1", 2), ("SL80", 4), ("SL85", 6), ("SL9", 5))
+_EXIT_CODES = (("SL1", 2), ("SL80", 4), ("SL85", 6), ("SL86", 6), ("SL9", 5))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from safeloop.accumulation import AccumulationReport, compare_accumulation
 from safeloop.assembly import Assembly, assemble, probe
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
+from safeloop.bundles import saver
 from safeloop.checks.config.run import LossAndLosses, NoLoss
 from safeloop.checks.config.target import TargetOfWrongClass
 from safeloop.checks.config.training import AverageNeverTaken
@@ -224,6 +225,11 @@ class Trainer:
             compile_model(self.model, backend, lambda: self._probe(assembly))
         seed_everything(self.config.run.seed)
         recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
+        if assembly.replayer is not None and recorder.dir is not None and self.config.nonfinite.save_bundle:
+            needs = tuple(sorted(self._brought.names & {"model", "optimizers"}))
+            if self.config.trainer is None and type(self) is not Trainer:
+                needs = ("trainer", *needs)
+            assembly.replayer.save = saver(recorder.dir / "bundles", self.model, self.loaded.text, needs)
         outcome = "failed"
         metrics: dict[str, float] = {}
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safeloop.audit.untouched import untouched
+from safeloop.autograd.walk import reach
 from safeloop.checks.stages import gradient_faults
 from safeloop.checks.views import GradientsView
 from safeloop.data.structure import tensors
@@ -62,6 +63,7 @@ def diagnose(model: nn.Module, turn: Turn, step: int, expected: Mapping[str, Ten
     try:
         with warnings.catch_warnings(), untouched(model, turn.rerun, turn.window):
             warnings.simplefilter("ignore")  # all of it was seen before
+            _set_step(turn, step)
             turn.random.restore()
             if turn.rerun.keeper is not None:
                 turn.rerun.keeper.restore()
@@ -69,8 +71,15 @@ def diagnose(model: nn.Module, turn: Turn, step: int, expected: Mapping[str, Ten
             _run(model, turn, frame, found)
             found.note = _difference(expected, frame.terms, found, is_random_known=is_random_known)
     except Exception as error:  # the user's code, run once more than it expects: the fault must not be lost for that
-        found.note = f"a replay of the step ended in {type(error).__name__}: {str(error).splitlines()[:1]}"
+        found.note = f"a replay of the step ended in {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return found
+
+
+def _set_step(turn: Turn, step: int) -> None:
+    """The number that the loss function saw: the check may come one step later."""
+    owner: Any = getattr(turn.rerun.losses, "__self__", None)
+    if isinstance(getattr(owner, "step", None), int):
+        owner.step = step
 
 
 def _run(model: nn.Module, turn: Turn, frame: Frame, found: Diagnosis) -> None:
@@ -116,22 +125,21 @@ def _look_at_gradients(locator: Locator, turn: Turn, frame: Frame, totals: dict[
         found.gradient_birth = locator.cause(totals.values(), tuple(frame.root_names), terms_are_finite=True)
 
 
-def _by_term(turn: Turn, frame: Frame) -> Any:
-    """Each term with its gradients, by parameter; all terms at once where they cannot be had apart."""
+def _by_term(turn: Turn, frame: Frame) -> Iterator[tuple[str, dict[str, Tensor | None]]]:
+    """Each term with its gradients, by parameter; all terms at once where a re-entrant checkpoint hides parameters."""
     rerun = turn.rerun
     seeds = rerun.seeds(frame.seeds)
-    try:
-        for name, root, seed in zip(frame.root_names, frame.roots, seeds, strict=True):
-            if trained := rerun.trained_by(name):
-                gradients = torch.autograd.grad(
-                    root, list(trained.values()), seed, retain_graph=True, allow_unused=True
-                )
-                yield name, dict(zip(trained, gradients, strict=True))
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        torch.autograd.backward(frame.roots, seeds)
-        yield ", ".join(frame.root_names), {name: p.grad for name, p in rerun.parameters.items()}
+    if frame.roots and not all(reach(root).is_complete for root in frame.roots):
+        torch.autograd.backward(frame.roots, list(seeds))
+        gradients = {name: p.grad for name, p in rerun.parameters.items()}
+        for parameter in rerun.parameters.values():
+            parameter.grad = None
+        yield "`, `".join(frame.root_names), gradients
+        return
+    for name, root, seed in zip(frame.root_names, frame.roots, seeds, strict=True):
+        if trained := rerun.trained_by(name):
+            found = torch.autograd.grad(root, list(trained.values()), seed, retain_graph=True, allow_unused=True)
+            yield name, dict(zip(trained, found, strict=True))
 
 
 def _difference(

@@ -48,9 +48,13 @@ class TurnReplayer:
             return error
         found = self._diagnose(frame.turn, frame)
         faults = [error.fault, *error.others]
-        if not frame.faults and found.faults:  # read one turn later, and so without the names of parameters
+        is_late = not frame.faults  # read one turn later, and so without the names of parameters
+        if is_late and found.faults:
             faults = list(found.faults)
         faults = [told(fault, found, frame.report.step) for fault in faults]
+        if is_late and "one step later" not in faults[0].where:
+            late = f"{faults[0].where}; read one step later, no weight has changed since"
+            faults[0] = replace(faults[0], where=late)
         faults = self._saved(frame.turn, frame, faults)
         return FaultError(faults[0], faults[1:])
 

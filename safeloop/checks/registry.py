@@ -91,4 +91,9 @@ FILES: dict[str, str] = {
     "SL854": "data/source.py",  # DataEndedEarly (warning)
     "SL855": "data/source.py",  # NotData
     "SL856": "data/source.py",  # RunFolderUnwritable
+    # SL86: replay bundles
+    "SL861": "data/bundles.py",  # BundleDamaged
+    "SL862": "data/bundles.py",  # BundleWithoutBatch
+    "SL863": "data/bundles.py",  # BundleDoesNotFit
+    "SL864": "data/bundles.py",  # BundleNeedsItsTrainer
 }

@@ -39,6 +39,7 @@ class BirthWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.births: list[Birth] = []
         self.taint = Taint()
+        self._recomputed: dict[int, Call] = {}
         self._modules = modules
         self._calls = calls
         self._given = given
@@ -47,6 +48,8 @@ class BirthWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written, read_from = _arguments(func, args, kwargs)
+        if torch.is_grad_enabled() and torch._C._current_autograd_node() is not None:
+            self._remember(func)
         before = [read(tensor) for tensor in read_from] if written else None  # a write would falsify it
         result = func(*args, **kwargs)
         births: Births | None = None
@@ -60,6 +63,15 @@ class BirthWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 births = self._births_of(func, tensor, kind, read_from, before, args)
             self.taint.put(tensor, births, is_write=bool(written))
         return result
+
+    def _remember(self, func: Any) -> None:
+        """Of a forward that runs inside a backward, a re-entrant checkpoint's, the line behind each node.
+
+        The function mode is off there. The node of an operation is made just before the operation is run.
+        """
+        number = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        if number not in self._recomputed:
+            self._recomputed[number] = Call(_name(func), user_place(self._top, skip=2), self._modules.path)
 
     def _births_of(
         self, func: Any, tensor: Tensor, kind: Kind, inputs: list[Tensor], before: list[Reading] | None, args: Any
@@ -104,7 +116,7 @@ class BirthWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 place=place, module=self._modules.path, inputs=tuple(inputs),
                 is_benign=op in BENIGN or (kind == "inf" and any(reading.num_inf for reading in inputs)),
             )  # fmt: skip
-        call = self._calls.calls.get(node) or Call("", None, "")
+        call = self._calls.calls.get(node) or self._recomputed.get(node._sequence_nr()) or Call("", None, "")
         return Birth(
             "backward", op, kind, bad, size, dtype,
             node=node.name(), call=call.name, place=place or call.place, module=call.module,

@@ -58,6 +58,10 @@ class Program:
         self.phases = [] if parts.custom is not None else [_bound(phase, parts) for phase in plan.phases]
         self.closing = tuple(bind(node, parts) for node in plan.closing)
 
+    def rerun(self, phase: str) -> Rerun | None:
+        """How to run a phase once more, outside of a step; None where there is no such phase."""
+        return next((bound.rerun for bound in self.phases if bound.rerun and bound.rerun.phase == phase), None)
+
 
 def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = False) -> StepReport:
     """One pass through the plan.
