@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +39,8 @@ class HostState:
         np.random.set_state(self.numpy)
 
 
-@dataclass(frozen=True, slots=True)
-class RandomState:
-    """All that a turn can draw from."""
+class RandomState(NamedTuple):
+    """All that a turn can draw from. A tuple, as it is made at every turn: a frozen dataclass takes twice as long."""
 
     cpu: Tensor
     cuda: tuple[tuple[int, Tensor], ...]
@@ -88,7 +87,7 @@ class RandomKeeper:
             host = self._look(host)
         assert host is not None
         cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda) if self._cuda else ()
-        return RandomState(torch.get_rng_state(), cuda, host, is_due)
+        return RandomState(torch.default_generator.get_state(), cuda, host, is_due)
 
     def _look(self, before: HostState | None) -> HostState:
         now = HostState.now()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -61,8 +61,7 @@ class Rerun:
         return seeds if self.scale is None else self.scale.scaled(seeds)
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """A turn of a phase as it began: references to its micro-batches, and the random state. Weights are not copied.
 
     They need not be: a turn is looked at before its update.
