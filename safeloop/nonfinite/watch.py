@@ -132,7 +132,7 @@ def _saved(node: Any) -> Iterable[Reading]:
             value = getattr(node, f"_saved_{name}", None)
         except RuntimeError:  # the graph is freed, or what was saved was written since
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value):
             yield read(value, f"{name} ")
 
 

@@ -225,3 +225,17 @@ def test_a_parameter_that_is_bad_already_is_named():
         value = model(torch.ones(2, 3)).sum()
     birth = locator.cause([value])
     assert (birth.phase, birth.op, birth.num_bad) == ("given", "parameter `bias`", 1)
+
+
+def test_per_sample_gradients_are_followed():
+    w, x = torch.randn(2, 3), torch.randn(4, 3)
+
+    def loss(w, row):
+        return ((row @ w.T) * 0).square().sum().sqrt()  # the line
+
+    with Locator() as locator:
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(w, x)
+        bad = gradients.sum()
+    birth = locator.cause([bad])
+    assert birth.node == "SqrtBackward0"
+    assert birth.place.text.endswith("# the line")
