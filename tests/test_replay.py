@@ -112,7 +112,7 @@ def test_the_command_builds_the_trainer_from_the_bundle(here):
     assert CliRunner().invoke(app, ["train", "c.yaml", *args]).exit_code == 3
     done = CliRunner().invoke(app, ["replay", "runs/fails/bundles/step-2", *args])
     assert done.exit_code == 0, done.output
-    assert "born in `SqrtBackward0`, replay_user_code.py:14" in done.stdout
+    assert "born in `SqrtBackward0`, replay_user_code.py:15" in done.stdout
     assert "run again with the same values, bit by bit" in done.stdout
 
 
