@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from safeloop.faults import Fault as Fault
     from safeloop.faults import FaultError as FaultError
     from safeloop.phases import phase as phase
+    from safeloop.replay import replay as replay
     from safeloop.trainer import RunResult as RunResult
     from safeloop.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "needs_grad", "phase"]
+__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "needs_grad", "phase", "replay"]
 
 _HOMES = {
     "Fault": "safeloop.faults",
@@ -31,6 +32,7 @@ _HOMES = {
     "audit": "safeloop.audit",
     "needs_grad": "safeloop.evaluation",
     "phase": "safeloop.phases",
+    "replay": "safeloop.replay",
 }
 
 

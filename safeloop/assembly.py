@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from safeloop.audit.budget import Budget
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
+from safeloop.audit.replay import TurnReplayer
 from safeloop.checks.config.values import ArgumentsRefused
 from safeloop.checks.setup.rates import LearningRatesFarApart
 from safeloop.checks.stages import setup_faults
@@ -62,6 +63,8 @@ class Assembly:
     """loss term -> its present weight"""
     audit: StepAudit
     attendance: Attendance
+    replayer: TurnReplayer | None = None
+    """explains what the finite check refuses; None at `audit.level: off`"""
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
@@ -106,6 +109,9 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     losses = {phase.name: phase.losses for phase in given.phases}
     attendance = _attendance(given)
     keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)
+    replayer = None
+    if config.audit.level != "off" and given.custom is None:
+        replayer = TurnReplayer(model, is_scaled=precision.scale is not None)
     parts = Parts(
         model,
         losses,
@@ -125,6 +131,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         custom=given.custom,
         combine=config.combine,
         seed=config.run.seed,
+        replayer=replayer,
     )
     program = Program(plan, parts)
     return Assembly(
@@ -141,6 +148,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         weights,
         observer,
         attendance,
+        replayer,
         average,
     )
 

@@ -17,6 +17,7 @@ from safeloop.accumulation import AccumulationReport, compare_accumulation
 from safeloop.assembly import Assembly, assemble, probe
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
+from safeloop.bundles import saver
 from safeloop.checks.config.run import LossAndLosses, NoLoss
 from safeloop.checks.config.target import TargetOfWrongClass
 from safeloop.checks.config.training import AverageNeverTaken
@@ -228,6 +229,11 @@ class Trainer:
             compile_model(self.model, backend, lambda: self._probe(assembly), keeps_buffers=again)
         seed_everything(self.config.run.seed)
         recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
+        if assembly.replayer is not None and recorder.dir is not None and self.config.nonfinite.save_bundle:
+            needs = tuple(sorted(self._brought.names & {"model", "optimizers"}))
+            if self.config.trainer is None and type(self) is not Trainer:
+                needs = ("trainer", *needs)
+            assembly.replayer.save = saver(recorder.dir / "bundles", self.model, self.loaded.text, needs)
         outcome = "failed"
         metrics: dict[str, float] = {}
         try:
@@ -274,10 +280,13 @@ class Trainer:
             readings.resume(stream.num_samples)
         try:
             run.gate.finish()
-        except FaultError:
+        except FaultError as error:
             if run.keeper is not None:
                 run.keeper.restore(turns=1)
-            raise
+            refused = run.gate.refused
+            if run.replayer is None or refused is None:
+                raise
+            raise run.replayer.explained(error, refused) from None
         run.audit.finish(self.step)
         if evaluator is not None and last_evaluated != self.step:
             metrics = evaluator(run, recorder)

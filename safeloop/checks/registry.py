@@ -144,5 +144,9 @@ FILES: dict[str, str] = {
     "SL855": "data/source.py",  # NotData
     "SL856": "data/source.py",  # RunFolderUnwritable
     "SL857": "data/source.py",  # DataEndedInsideAStep (warning)
+    "SL861": "data/bundles.py",  # BundleDamaged
+    "SL862": "data/bundles.py",  # BundleWithoutBatch
+    "SL863": "data/bundles.py",  # BundleDoesNotFit
+    "SL864": "data/bundles.py",  # BundleNeedsItsTrainer
     "SL865": "data/run_folder.py",  # RunFolderUnreadable
 }

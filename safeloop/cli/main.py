@@ -13,6 +13,7 @@ from safeloop.cli.check import check
 from safeloop.cli.doctor import doctor
 from safeloop.cli.explain import explain
 from safeloop.cli.plan import plan
+from safeloop.cli.replay import replay
 from safeloop.cli.schema import schema
 from safeloop.cli.train import train
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, check, plan, doctor, explain, schema):
+for command in (train, check, plan, doctor, explain, replay, schema):
     app.command()(command)
 
 

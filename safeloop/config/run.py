@@ -150,6 +150,8 @@ class NonFiniteSection(Component):
     """raise: the run stops with a fault; skip: the update is left out and counted"""
     max_consecutive: Int | None = Field(default=None, ge=1)
     """with skip: this many skips in a row stop the run"""
+    save_bundle: Bool = True
+    """write the refused step into the run folder, `bundles/step-N`, for `safeloop replay`: as large as the weights"""
 
 
 class AuditSection(Component):

@@ -33,6 +33,7 @@ from safeloop.step.report import Frame, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
 from safeloop.step.terms import Evidence, TermReader, no_mapping
+from safeloop.step.turn import Replayer
 
 Operation = Callable[[Frame], None]
 Losses = Callable[[Any], Mapping[str, Any]]
@@ -115,6 +116,8 @@ class Parts:
     """whether every phase says itself what it trains"""
     attendance: Attendance | None = None
     """the list of terms over all phases; None: one of the single phase is made"""
+    replayer: Replayer | None = None
+    """what runs a refused turn again to find the origin of a NaN; None: nothing is kept for it"""
 
 
 def bind(node: Node, parts: Parts) -> Operation:

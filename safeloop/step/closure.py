@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safeloop.plan.closure import ClosureUpdate
 from safeloop.step.bind import Operation, Parts, bind
 from safeloop.step.finite import ImmediateGate
 from safeloop.step.report import Frame
+from safeloop.step.turn import Rerun, capturing, explaining
 from safeloop.step.window import WindowGuard
 
 ClosureOperation = Callable[[Frame, Sequence[Any]], None]
@@ -24,7 +26,7 @@ class _NothingDue(Exception):
     """No term counts on this step: there is no loss that the optimizer could ask for."""
 
 
-def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
+def bind_closure(node: ClosureUpdate, parts: Parts, rerun: Rerun | None = None) -> ClosureOperation:
     """The operation that a closure update stands for: a function of the frame of a turn and its micro-batches."""
     owner, keeper = parts.owners[node.owner], parts.keeper
     operations = [_bound(inner, parts) for inner in node.inner]
@@ -32,6 +34,7 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
     zero, after = operations[0], operations[end:]
     guard = WindowGuard(owner.parameters, parts.observer, is_window=True)
     per_batch = guard.around(node.inner[1:end], operations[1:end])
+    captures = capturing(parts, None if rerun is None else replace(rerun, keeper=keeper))
     weights = next(reader.rules.weights for reader in parts.readers.values())
 
     def update(frame: Frame, window: Sequence[Any]) -> None:
@@ -44,7 +47,9 @@ def bind_closure(node: ClosureUpdate, parts: Parts) -> ClosureOperation:
         def evaluate() -> Tensor:
             inner = Frame(frame.report, wants_modules=frame.wants_modules)
             inner.is_audited = frame.is_audited and not first_terms
-            zero(inner)
+            inner.window = window
+            for operate in (*captures, zero):
+                operate(inner)
             guard.begin()
             for inner.batch, inner.share in zip(window, shares, strict=True):
                 for operate in per_batch:
@@ -87,7 +92,7 @@ def _put_back(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
 def _bound(node: Any, parts: Parts) -> Operation:
     if isinstance(node, Finite):  # an evaluation cannot be skipped: the search would go on from half an answer
         gate, owners = ImmediateGate(), [parts.owners[name] for name in node.owners]
-        return lambda frame: gate.check(frame, owners)
+        return explaining(lambda frame: gate.check(frame, owners), replace(parts, gate=gate))
     return bind(node, parts)
 
 

@@ -54,6 +54,8 @@ class ImmediateGate:
 
     def __init__(self, *, policy: str = "raise", max_consecutive: int | None = None) -> None:
         self.policy = policy
+        self.refused: Frame | None = None
+        """the turn that the error now raised is about"""
         self._max_consecutive = max_consecutive
         self._consecutive = 0
 
@@ -80,11 +82,14 @@ class ImmediateGate:
         if not faults:
             _correct_overflow(frame)
             return
+        frame.faults = faults
         if self.policy == "raise":
+            self.refused = frame
             raise FaultError(faults[0], faults[1:])
         self._consecutive += 1
         frame.is_skipped = True
         if self._max_consecutive is not None and self._consecutive > self._max_consecutive:
+            self.refused = frame
             raise FaultError(_too_often(self._consecutive, self._max_consecutive, frame), faults)
 
 
@@ -102,6 +107,8 @@ class DeferredGate:
         self._owners = tuple(owners)
         self._flag = torch.zeros((), device=device)
         self._pending: tuple[Frame, Tensor, torch.cuda.Event | None] | None = None
+        self.refused: Frame | None = None
+        """the turn that the error now raised is about"""
         for owner in self._owners:
             owner.optimizer.found_inf = self._flag  # type: ignore[attr-defined]
 
@@ -133,6 +140,7 @@ class DeferredGate:
         if event is not None:
             event.synchronize()
         if host.numpy().item():
+            self.refused = frame
             raise FaultError(_deferred_fault(frame))
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from safeloop.faults import Fault
+    from safeloop.step.turn import Turn
 
 Reading = Tensor | float
 """A number that was measured: a 0-d tensor still on its device, or a float where the step had to look at it anyway."""
@@ -61,6 +66,12 @@ class Frame:
     report: StepReport
     batch: Any = None
     phase: str = ""
+    window: Sequence[Any] = ()
+    """all micro-batches of the turn"""
+    turn: Turn | None = None
+    """what it takes to run the turn again"""
+    faults: Sequence[Fault] = ()
+    """what the finite check found; told where the update is left out"""
     source: str = ""
     """where the loss function is defined"""
     share: float | None = None

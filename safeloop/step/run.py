@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from safeloop.plan import Backward, Forward, Phase, StepPlan, Zero
+from safeloop.plan import Backward, Finite, Forward, Phase, StepPlan, Zero
 from safeloop.plan.closure import ClosureUpdate
 from safeloop.plan.plan import refuse_several
 from safeloop.step.bind import Operation, Parts, bind
@@ -20,6 +20,7 @@ from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
 from safeloop.step.ended import DataEnded, half_done
 from safeloop.step.report import Frame, StepReport
+from safeloop.step.turn import Rerun, capturing, explaining, rerun_of
 from safeloop.step.window import WindowGuard
 
 
@@ -50,6 +51,8 @@ class _BoundPhase:
     inner: tuple[Operation, ...]
     """forward and backward: once for each micro-batch"""
     after: tuple[Operation, ...]
+    rerun: Rerun | None = None
+    """how to run forward and backward once more"""
     closure: ClosureOperation | None = None
     """instead of all these: an update that runs forward and backward itself"""
 
@@ -84,6 +87,10 @@ class Program:
 
         longest = windows * max((phase.every for phase in self.phases), default=1) + 1
         return bisect(range(longest + 1), False, key=is_too_many) - 1
+
+    def rerun(self, phase: str) -> Rerun | None:
+        """How to run a phase once more, outside of a step; None where there is no such phase."""
+        return next((bound.rerun for bound in self.phases if bound.rerun and bound.rerun.phase == phase), None)
 
 
 def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = False) -> StepReport:
@@ -153,12 +160,13 @@ def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: b
             phase.closure(frame, [draw()] if phase.micro_batches == 1 else draw.window(phase.micro_batches))
         elif phase.micro_batches == 1:
             frame.batch = draw()
+            frame.window = (frame.batch,)
             for operate in phase.before:
                 operate(frame)
             for operate in phase.inner:
                 operate(frame)
         else:
-            window = draw.window(phase.micro_batches)
+            window = frame.window = draw.window(phase.micro_batches)
             for operate in phase.before:
                 operate(frame)
             for frame.batch, frame.share in zip(window, phase.shares(window), strict=True):
@@ -185,7 +193,10 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
     nodes = () if closure is not None else phase.nodes
     inner = [i for i, node in enumerate(nodes) if isinstance(node, (Forward, Backward))]
     first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
-    operations = tuple(bind(node, parts) for node in nodes)
+    operations = tuple(
+        explaining(bind(node, parts), parts) if isinstance(node, Finite) else bind(node, parts) for node in nodes
+    )
+    rerun = rerun_of(phase.name, nodes if closure is None else closure.inner, parts, bind)
     keeps: tuple[Operation, ...] = () if parts.keeper is None else (_keep(parts.keeper),)
     owned = {n: p for name in phase.trains for n, p in parts.owners[name].parameters.items()} if inner else {}
     is_zeroed = any(isinstance(node, Zero) for node in nodes[:first])
@@ -198,8 +209,9 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         phase.micro_batches,
         parts.shares,
         tuple(others),
-        (*keeps, *operations[:first], *([guard.begin] if phase.micro_batches > 1 else [])),
+        (*keeps, *capturing(parts, rerun), *operations[:first], *([guard.begin] if phase.micro_batches > 1 else [])),
         guard.around(nodes[first:last], operations[first:last]) if is_zeroed else operations[first:last],
         operations[last:],
-        None if closure is None else bind_closure(closure, parts),
+        rerun,
+        None if closure is None else bind_closure(closure, parts, rerun),
     )

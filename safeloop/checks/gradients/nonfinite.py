@@ -20,7 +20,9 @@ class NonFiniteGradient(Check):
 
     ## What it does
     Checks the gradients of every update before it, through the gradient norm; only where that is not finite are they
-    searched, one by one. Cost on a healthy step: none beyond the norm.
+    searched, one by one. Cost on a healthy step: none beyond the norm. A Trainer then runs the step again, bitwise, and
+    names the loss term, the micro-batch, the operation that gave the first NaN or infinity, your line of it and the
+    trap behind it; `safeloop replay` does so from the bundle in the run folder (`nonfinite.save_bundle`).
 
     ## Why it is bad
     One update with a NaN ruins the parameter for good, and clipping would spread it to all others. A loss can be

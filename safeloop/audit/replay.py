@@ -1,0 +1,83 @@
+"""Replay on failure: what a turn needs to be run again is kept, and a refused turn is explained by running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from safeloop.audit.diagnosis import Diagnosis, diagnose
+from safeloop.audit.telling import told
+from safeloop.faults import Fault, FaultError
+from safeloop.step.randomness import RandomKeeper
+from safeloop.step.report import Frame
+from safeloop.step.turn import Rerun, Turn
+
+Save = Callable[[Turn, Frame, Fault], Path | None]
+"""Writes a bundle of a refused turn; None where it cannot or need not."""
+
+
+class TurnReplayer:
+    """Explains what the finite check refuses.
+
+    Cost of a healthy turn: three references and a copy of torch's random state. Nothing else is copied: a turn is
+    looked at before its update, and its buffers are those that the step keeps anyway.
+
+    Args:
+        model: what is trained.
+        is_scaled: fp16, where an overflow of the gradients alone is part of finding the scale.
+    """
+
+    def __init__(self, model: nn.Module, *, is_scaled: bool) -> None:
+        self.save: Save | None = None
+        self._model = model
+        self._is_scaled = is_scaled
+        self._has_told_skip = False
+        self._random = RandomKeeper({parameter.device for parameter in model.parameters()})
+
+    def capture(self, frame: Frame, rerun: Rerun) -> None:
+        """Keep what a turn needs to be run again, in its frame."""
+        frame.turn = Turn(rerun, frame.window, self._random.keep())
+
+    def explained(self, error: FaultError, frame: Frame) -> FaultError:
+        """The error with the origin of what made the finite check refuse a turn."""
+        if frame.turn is None:
+            return error
+        found = self._diagnose(frame.turn, frame)
+        faults = [error.fault, *error.others]
+        is_late = not frame.faults  # read one turn later, and so without the names of parameters
+        if is_late and found.faults:
+            faults = list(found.faults)
+        faults = [told(fault, found, frame.report.step) for fault in faults]
+        if is_late and "one step later" not in faults[0].where:
+            late = f"{faults[0].where}; read one step later, no weight has changed since"
+            faults[0] = replace(faults[0], where=late)
+        faults = self._saved(frame.turn, frame, faults)
+        return FaultError(faults[0], faults[1:])
+
+    def skipped(self, frame: Frame) -> list[Fault]:
+        """The first time, what the fault would have been, as a warning."""
+        is_scale = self._is_scaled and all(math.isfinite(value.item()) for value in frame.terms.values())
+        if self._has_told_skip or frame.turn is None or is_scale:
+            return []
+        self._has_told_skip = True
+        found = self._diagnose(frame.turn, frame)
+        faults = self._saved(frame.turn, frame, [told(fault, found, frame.report.step) for fault in frame.faults])
+        return [
+            replace(
+                fault, severity="warning", what=f"{fault.what}; the update was skipped, and further ones are counted"
+            )
+            for fault in faults
+        ]
+
+    def _diagnose(self, turn: Turn, frame: Frame) -> Diagnosis:
+        return diagnose(self._model, turn, frame.report.step, frame.terms)
+
+    def _saved(self, turn: Turn, frame: Frame, faults: list[Fault]) -> list[Fault]:
+        folder = None if self.save is None else self.save(turn, frame, faults[0])
+        if folder is None:
+            return faults
+        return [replace(faults[0], where=f"{faults[0].where}; `safeloop replay {folder}` shows it again"), *faults[1:]]
