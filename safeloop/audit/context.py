@@ -196,4 +196,4 @@ def _named(optimizers: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 def _several(given: _T | Iterable[_T] | None, kind: type[_T]) -> list[_T] | None:
     if given is None:
         return None
-    return [given] if isinstance(given, kind) else list(given)  # type: ignore[call-overload]
+    return [given] if isinstance(given, kind) else [one for one in given if isinstance(one, kind)]  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_mod
 from safeloop.audit.means import count_means
 from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
+from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call
@@ -26,6 +28,7 @@ from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
 from safeloop.checks.views import GradientsView
 from safeloop.faults import Fault
@@ -76,6 +79,8 @@ class LoopWatch:
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
         self._guards = Guards(model, self._parameters, self._open.tape.writes)
         self._known_functions: set[type] = set()
+        self._bad: BadTrace | None = None
+        self._is_bad_told = False
         self.is_deep = False
         self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step)
         self._shims = [ScalerShim(s, self._scaler_told) for s in (find_scalers() if scalers is None else scalers)]
@@ -129,6 +134,8 @@ class LoopWatch:
 
     def undo(self) -> None:
         """Take every hook, shim and mode away."""
+        if self._bad is not None:
+            self._bad.finish()
         self._open.off()
         self._guards.stop()
         self._hooks.remove()
@@ -158,6 +165,8 @@ class LoopWatch:
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}
             self.gradients.before(roots, call.tape, wanted)
+            if not self._is_bad_told and not event.is_scaled:
+                self._bad = self._bad or BadTrace(roots)
         if faults:
             self._handle(faults)
 
@@ -178,8 +187,20 @@ class LoopWatch:
         mine = {name: p for name, p in self._parameters.items() if name in self.journal.state.owners[owner]}
         where = f"step {self.journal.iteration}, before {type(optimizer).__name__}.step() of `{owner}`"
         self.gradients.after(mine, self._open.tape, where)
-        if any(self._is_bad(p) for p in mine.values()):
-            self._handle(gradient_faults(GradientsView(mine, {}, self.journal.iteration, where)))
+        source = None if self._bad is None else self._bad.finish()
+        self._bad = None
+        if not self._is_bad_told and any(self._is_bad(p) for p in mine.values()):
+            self._is_bad_told = True
+            found = gradient_faults(GradientsView(mine, {}, self.journal.iteration, where))
+            self._handle([self._born(fault, source) for fault in found])
+
+    def _born(self, fault: Fault, source: Source | None) -> Fault:
+        """The fault with the user's line in whose derivative the value was born."""
+        origin = None if source is None else self._open.tape.origins.get(source.number)
+        if source is None or origin is None:
+            return fault
+        line = at(origin.site, origin.name)
+        return replace(fault, where=f"{fault.where}; born in `{source.name}`, {line}")
 
     @staticmethod
     def _is_bad(parameter: nn.Parameter) -> bool:

@@ -58,7 +58,7 @@ class OpenTape:
         """Switch off."""
         if not self.is_on:
             return
-        if _get_current_function_mode() is self.tape:
+        if _get_current_function_mode() is self.tape:  # type: ignore[no-untyped-call]
             self.tape.__exit__(None, None, None)
             self.is_on = False
         else:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from safeloop.autograd.default_hooks import pop, push
 from safeloop.autograd.fingerprints import fingerprint, is_plain
-from safeloop.autograd.sites import code_site, user_code
 from safeloop.autograd.names import ParameterNames
 from safeloop.autograd.running_node import argument_of, is_own_write, running_node, writes_itself
 from safeloop.autograd.saved_changes import Kind, SavedTensorChange, SavedTensorVersionError
+from safeloop.autograd.sites import code_site, user_code
 from safeloop.autograd.writes import WriteLog, storage_pointer
 
 Level = Literal["version", "checksum"]

@@ -153,7 +153,7 @@ class Tape(TorchFunctionMode):
             register_module_forward_pre_hook(self._entered),
             register_module_forward_hook(self._left, always_call=True),
         ]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -163,7 +163,7 @@ class Tape(TorchFunctionMode):
             hook.remove()
         self._hooks.clear()
         self._modules.clear()
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     @property
     def module(self) -> str:

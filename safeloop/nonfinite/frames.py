@@ -6,7 +6,8 @@ import sys
 from functools import lru_cache
 from types import FrameType
 
-from safeloop.checks.source import Place, code_name, is_user_code
+from safeloop.autograd.sites import code_name
+from safeloop.checks.source import Place, is_user_code
 
 _ENGINE = "_engine_run_backward"
 """The function of torch that runs a backward pass: what called it made no operation of that pass"""

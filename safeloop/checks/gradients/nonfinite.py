@@ -80,9 +80,12 @@ class NonFiniteGradient(Check):
         yield cls.fault(
             f"{len(bad)} of {counted(len(gradients), 'gradient')} hold NaN or infinity: "
             f"{'; '.join(shown[:_SHOWN])}{more}",
-            where=f"{view.where}; loss terms: "
+            where=view.where
+            + "; loss terms: " * bool(values)
             + ", ".join(f"`{name}` = {value:.4g}" for name, value in values.items()),
-            why="every loss term is finite, so that the value was born in the backward pass"
+            why="the loss was differentiated, and the derivative is not finite"
+            if not values
+            else "every loss term is finite, so that the value was born in the backward pass"
             if are_finite
             else "a loss term is not finite itself: its gradients cannot be",
             fix="look for sqrt, log, acos, division or a power at the edge of its domain, also behind torch.where "
