@@ -11,13 +11,16 @@ FIRST_STEPS = 20
 """At level `standard`, steps that are all looked at in depth; they lie outside the budget."""
 _SMOOTH = 0.2
 _LEAST_GAP = 50
+_KNOWN = 10
+"""Plain steps after which their time is known well enough"""
 
 
 class Budget:
     """Chooses the steps of deep checks.
 
     Args:
-        level: `off`: none; `standard`: the first 20, those that are asked for, and as many as `share` allows; `full`: all.
+        level: `off`: none; `standard`: the first 20, those that are asked for, and as many as `share` allows; `full`:
+            all.
         share: the fraction of the time of a plain step that deep checks may cost, measured while running; None: all
             steps; 0: none after the first ones.
     """
@@ -28,7 +31,7 @@ class Budget:
         self._plain = 0.0
         self._deep = 0.0
         self._num_plain = 0
-        self._next = FIRST_STEPS
+        self._next: int | None = None
         self._is_asked = False
         self._spent = 0.0
 
@@ -40,7 +43,7 @@ class Budget:
         """Whether a step, counted from 0, is looked at in depth."""
         if self.level != "standard":
             return self.level == "full"
-        return step < FIRST_STEPS or self._is_asked or (step == self._next and self._num_plain >= 5)
+        return step < FIRST_STEPS or self._is_asked or step == self._next
 
     def done(self, step: int, seconds: float, *, was_deep: bool) -> None:
         """Take the time of a step that is over."""
@@ -51,8 +54,8 @@ class Budget:
         else:
             self._num_plain += 1
             self._plain = seconds if not self._plain else (1 - _SMOOTH) * self._plain + _SMOOTH * seconds
-        if step >= self._next:
-            self._next = step + (self.gap if self._num_plain >= 5 else 10) if self._share else -1
+        if self._share and step >= FIRST_STEPS and (was_deep or (self._next is None and self._num_plain >= _KNOWN)):
+            self._next = step + self.gap
 
     @property
     def gap(self) -> int:
