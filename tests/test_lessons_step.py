@@ -77,6 +77,25 @@ def test_row_5_a_term_that_is_rightly_constant_is_counted(tmp_path: Path) -> Non
     assert record["safety/inactive/margin"] == 0.75
 
 
+def test_row_5_a_term_that_never_left_zero_is_warned_of_once_and_named() -> None:
+    def losses(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        out = model(batch)
+        return {"fit": out.square().mean(), "margin": torch.clamp(out.mean() - 100, min=0)}
+
+    (fault,) = trainer(nn.Linear(3, 1), losses, run={"max_steps": 25}).fit().faults
+    assert (fault.code, fault.severity) == ("SL424", "warning")
+    assert fault.names == ("margin",)
+
+
+@pytest.mark.xfail(strict=True, reason="a term that is allowed to be constant may be so on every step, unsaid")
+def test_row_5_a_permitted_constant_that_never_reached_a_parameter_is_warned_of() -> None:
+    def losses(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        return {"fit": model(batch).square().mean(), "margin": torch.tensor(0.0)}
+
+    allowed = {"margin": {"may_be_constant": True}}
+    assert trainer(nn.Linear(3, 1), losses, run={"max_steps": 60}, losses=allowed).fit().faults
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_row_5_adamw_decays_a_zero_gradient_and_leaves_alone_what_has_none(fused: bool) -> None:
     class Pair(nn.Module):
