@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from safeloop.evaluation import needs_grad as needs_grad
     from safeloop.faults import Fault as Fault
     from safeloop.faults import FaultError as FaultError
+    from safeloop.penalties.points import interpolate as interpolate
     from safeloop.phases import phase as phase
     from safeloop.trainer import RunResult as RunResult
     from safeloop.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "needs_grad", "phase"]
+__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "interpolate", "needs_grad", "phase"]
 
 _HOMES = {
     "Fault": "safeloop.faults",
@@ -29,6 +30,7 @@ _HOMES = {
     "RunResult": "safeloop.trainer",
     "Trainer": "safeloop.trainer",
     "audit": "safeloop.audit",
+    "interpolate": "safeloop.penalties.points",
     "needs_grad": "safeloop.evaluation",
     "phase": "safeloop.phases",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
+from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
 from safeloop.checks.setup.attributes import ModulesInPlainContainer, NonLeafAttribute, PlainTensorAttribute
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
@@ -35,6 +36,7 @@ _TERMS = (
     TermHasNoGradientPath,
     TermIgnoresTheModel,
     TermReachesWhatItDoesNotTrain,
+    OperationWithoutSecondDerivative,
 )
 _GRADIENTS = (TermIsNotFinite, NonFiniteGradient)
 

@@ -59,6 +59,12 @@ class TermsView:
     """term name -> patterns over parameter names, for terms that declare what they train"""
     source: str
     """where the loss function is defined: `examples/digits.py:41 in Digits.losses`"""
+    penalties: frozenset[str] = frozenset()
+    """terms whose section stands under `penalties:`"""
+
+    def section(self, term: str) -> str:
+        """The path of a term's section in the config."""
+        return f"{'penalties' if term in self.penalties else 'losses'}.{term}"
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
         if has_special:
             reader.weigh(frame.report.step)
         if has_special or any(map(callable, returned.values())):
-            returned = reader.due(returned, frame.report.step)
+            returned = reader.due(returned, frame.report.step, is_audited=frame.is_audited)
+            observer.faults(reader.penalties.taken(), frame.report.step)
         is_plain = reader.read(returned, frame)
         if not is_plain or frame.is_audited:
             observer.faults(reader.faults(returned, is_first=frame.report.step == 0), frame.report.step)
