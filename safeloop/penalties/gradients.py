@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+MAX_SCALE = 4096.0
+"""What an inner backward pass starts from at most: in half precision, 65536 is infinity already."""
+
+
 class NotReached(Exception):
     """The values do not depend on the point."""
 
@@ -44,14 +48,15 @@ class Field:
             seeds: of the shape of the values.
             is_last: whether the product is what the penalty is made of, and stays differentiable.
         """
-        start = seeds if self.scale is None else seeds * self.scale.to(seeds.dtype)
+        scale = None if self.scale is None else self.scale.clamp(max=MAX_SCALE)
+        start = seeds if scale is None else seeds * scale.to(seeds.dtype)
         (found,) = torch.autograd.grad(
             self.values, self.at, start, create_graph=is_last, retain_graph=True, allow_unused=True
         )
         if found is None:
             raise NotReached
         wide = widened(found)
-        return wide if self.scale is None else wide / self.scale.to(wide.dtype)
+        return wide if scale is None else wide / scale.to(wide.dtype)
 
 
 def widened(tensor: Tensor) -> Tensor:
