@@ -86,6 +86,8 @@ def _replaced(value: Any, parts: Sequence[str], leaf: Tensor) -> Any:
     if isinstance(value, (list, tuple)) and part.isdecimal():
         items = [_replaced(item, rest, leaf) if index == int(part) else item for index, item in enumerate(value)]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if hasattr(value, "_replace"):
+        return value._replace(**{part: _replaced(getattr(value, part), rest, leaf)})
     changed = copy.copy(value)
     setattr(changed, part, _replaced(getattr(value, part), rest, leaf))
     return changed

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node, get_gradient_edge
 
-_NO_FIRST = ("CheckpointFunctionBackward",)
-"""Nodes that `torch.autograd.grad` cannot pass: a re-entrant checkpoint serves `.backward()` alone."""
+_CERTAIN = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
+"""Nodes that no second pass gets through: a re-entrant checkpoint serves `.backward()` alone, AOT autograd one pass."""
 
-_NO_SECOND = (
+_LIKELY = (
     "ScaledDotProduct",
     "CdistBackward",
     "PdistBackward",
@@ -24,9 +24,9 @@ _NO_SECOND = (
     "CudnnRnnBackward",
     "MiopenRnnBackward",
     "MkldnnRnn",
-    "CompiledFunctionBackward",
 )
-"""Starts of the names of nodes whose backward is an operation that torch does not differentiate."""
+"""Starts of the names of nodes whose backward is an operation that torch does not differentiate. Where nothing that
+enters it requires grad, that does no harm: then the graph of the result has no dead end."""
 
 _DEAD_ENDS = ("NotImplemented", "CdistBackwardBackward", "PdistBackwardBackward", "EmbeddingBagBackwardBackward")
 """Parts of the names of nodes in a differentiated graph that raise when a backward pass reaches them."""
@@ -60,22 +60,24 @@ def nodes_between(values: Tensor, at: Tensor) -> list[Node]:
 
 
 def without_second_derivative(nodes: list[Node]) -> list[str]:
-    """Names of the nodes of a first pass, as `nodes_between` has them, whose backward cannot be differentiated.
+    """Names of the nodes of a first pass, as `nodes_between` has them, whose backward torch cannot differentiate."""
+    return list(dict.fromkeys(node.name() for node in nodes if node.name().startswith(_LIKELY)))
+
+
+def obstacles(nodes: list[Node]) -> list[str]:
+    """Names of the nodes of a first pass that a second one fails at, or silently leaves out.
 
     A custom function marked `@once_differentiable` is one. Where nothing that enters its backward requires grad, torch
-    does not even raise: the second derivative silently lacks the function's part.
+    does not even raise: the second derivative lacks the function's part.
     """
-    return list(dict.fromkeys(node.name() for node in nodes if _is_hopeless(node)))
+    found = (node for node in nodes if node.name().startswith(_CERTAIN) or _is_once_differentiable(node))
+    return list(dict.fromkeys(node.name() for node in found))
 
 
 def dead_ends(tensor: Tensor) -> list[str]:
     """Names of the nodes in the graph of `tensor` that will raise when a backward pass reaches them."""
     names = (node.name() for node in _nodes(tensor))
     return list(dict.fromkeys(name for name in names if any(part in name for part in _DEAD_ENDS)))
-
-
-def _is_hopeless(node: Node) -> bool:
-    return node.name().startswith(_NO_FIRST + _NO_SECOND) or _is_once_differentiable(node)
 
 
 def _is_once_differentiable(node: Any) -> bool:

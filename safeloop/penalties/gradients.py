@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 MAX_SCALE = 4096.0
 """What an inner backward pass starts from at most: in half precision, 65536 is infinity already."""
 

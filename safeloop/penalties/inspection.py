@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from safeloop.autograd.second import nodes_between, without_second_derivative
+from safeloop.autograd.second import dead_ends, nodes_between, obstacles, without_second_derivative
 from safeloop.autograd.walk import reach
 from safeloop.checks.penalties.gradient import PenaltyWithoutGradient, SamplesCoupled, SecondDerivativeVanishes
 from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
@@ -33,6 +33,7 @@ class Inspection:
         self._trained = set(trained)
         self._model = model
         self._is_first = is_first
+        self._suspects: list[str] = []
 
     def taken(self) -> list[Fault]:
         """The faults, errors first, which are then no longer kept."""
@@ -46,16 +47,20 @@ class Inspection:
             FaultError: SL435, not even a first gradient can be taken.
         """
         nodes = nodes_between(field.values, field.at)
-        if hopeless := without_second_derivative(nodes):
-            self.faults.append(OperationWithoutSecondDerivative.of(name, hopeless, where))
-            if any("Checkpoint" in node for node in hopeless):
+        self._suspects = without_second_derivative(nodes)
+        if found := obstacles(nodes):
+            self.faults.append(OperationWithoutSecondDerivative.of(name, found, where))
+            if any("Checkpoint" in node for node in found):
                 raise FaultError(self.faults.pop())
-        if self._is_first and penalty.is_per_sample and not hopeless:
+        if self._is_first and penalty.is_per_sample:
             has_norms = any(node.name().startswith(_BATCH_NORM) for node in nodes)
             self._look_for_coupling(name, field, has_norms, where)
 
     def after(self, name: str, penalty: Penalty, field: Field, value: Tensor, where: str) -> None:
-        """Look at what the penalty reaches, and whether it is zero for a reason."""
+        """Look at the graph of the penalty itself, and whether it is zero for a reason."""
+        if ends := dead_ends(value):
+            self.faults.append(OperationWithoutSecondDerivative.of(name, self._suspects or ends, where))
+            return
         found = reach(value)
         if found.is_complete and self._trained.isdisjoint(found.leaves):
             self.faults.append(_trains_nothing(name, where))

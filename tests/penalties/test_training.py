@@ -184,8 +184,7 @@ def test_a_leaf_of_what_requires_grad_keeps_its_graph() -> None:
 
 @pytest.mark.parametrize("kind", ["gradient", "jacobian"])
 def test_the_random_stream_does_not_depend_on_when_a_penalty_is_due(kind: str) -> None:
-    streams = []
-    for every in (2, 3, 5):
+    def stream(every: int) -> list[float]:
         drawn: list[float] = []
 
         class Watch(Wgan):
@@ -195,9 +194,11 @@ def test_the_random_stream_does_not_depend_on_when_a_penalty_is_due(kind: str) -
                 return super().critic_phase(real)
 
         wgan(nets(), {"type": kind, "every": every}, steps=6, cls=Watch).fit()
-        streams.append(drawn)
-    assert streams[0] == streams[1] == streams[2]
-    assert len(set(streams[0])) == 18
+        return drawn
+
+    first = stream(2)
+    assert first == stream(3) == stream(5)
+    assert len(set(first)) == 18
 
 
 def test_the_graph_of_a_penalty_dies_with_its_step_without_the_garbage_collector() -> None:

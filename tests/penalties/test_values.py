@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safeloop.penalties.base import Penalty
 from safeloop.penalties.forces import Forces
 from safeloop.penalties.gradient import GradientPenalty
-from safeloop.penalties.gradients import Field, norms, normalized
+from safeloop.penalties.gradients import Field, normalized, norms
 from safeloop.penalties.hessian_trace import HessianTrace
 from safeloop.penalties.input_gradient import InputGradient
 from safeloop.penalties.jacobian import Jacobian
