@@ -68,6 +68,12 @@ def squares(rows: Tensor) -> Tensor:
     return rows.flatten(1).square().sum(1) if rows.dim() > 1 else rows.square()
 
 
+def dots(one: Tensor, other: Tensor) -> Tensor:
+    """The scalar product of each sample's features, `[N, ...]` twice to `[N]`."""
+    products = one * other
+    return products.flatten(1).sum(1) if products.dim() > 1 else products
+
+
 def norms(rows: Tensor) -> Tensor:
     """The Euclidean norm of each sample, `[N, ...]` to `[N]`; its derivative at zero is 0, not NaN."""
     lengths: Tensor = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1)

@@ -52,4 +52,4 @@ class HessianTrace(Penalty):
         (product,) = torch.autograd.grad(gradient, at, signs, create_graph=True, retain_graph=True, allow_unused=True)
         if product is None:
             raise gradients.Vanished
-        return (gradients.widened(product) * signs).flatten(1).sum(1)
+        return gradients.dots(gradients.widened(product), signs)

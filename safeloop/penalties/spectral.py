@@ -45,5 +45,5 @@ class SpectralNorm(Penalty):
             v = gradients.normalized(field.pull(u.to(field.values.dtype), is_last=False).detach())
             (pushed,) = torch.autograd.grad(pulled, probe, v.to(pulled.dtype), retain_graph=True)
             u = gradients.normalized(gradients.widened(pushed))
-        sigmas = (field.pull(u.to(field.values.dtype)) * v).flatten(1).sum(1)
+        sigmas = gradients.dots(field.pull(u.to(field.values.dtype)), v)
         return sigmas.square().mean() / 2

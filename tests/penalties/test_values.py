@@ -221,6 +221,19 @@ def test_forces_of_a_sum_of_energies_are_those_of_the_energies() -> None:
     assert each.item() == total.item()
 
 
+@pytest.mark.parametrize("penalty", [case[0] for case in CASES if case[0].type != "forces"], ids=NAMES)
+def test_samples_of_a_single_number_need_no_second_dimension(penalty: Penalty) -> None:
+    """`[N]` to `[N]`, of `c x^3`: the slope is `3 c x^2`, the second derivative `6 c x`."""
+    x, c = torch.tensor([1.0, 2.0], dtype=torch.float64), nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    flat = value_of(penalty, lambda x: c * x**3, x)
+    column = value_of(penalty, lambda x: c * x**3, x.unsqueeze(1))
+    assert flat.item() == pytest.approx(column.item(), rel=1e-12)
+    if penalty.type == "hessian_trace":
+        assert flat.item() == pytest.approx(6 * 0.5 * 1.5, rel=1e-12)
+    elif isinstance(penalty, R1 | Jacobian | SpectralNorm):
+        assert flat.item() == pytest.approx((1.5**2 + 6.0**2) / 2 / 2, rel=1e-12)
+
+
 # -------------------------------------------------------------------------------------------------------- properties
 
 
