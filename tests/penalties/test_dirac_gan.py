@@ -1,8 +1,9 @@
 """The Dirac-GAN of Mescheder et al. (2018): it circles without regularisation and converges with R1.
 
 One real sample at 0, one generated sample at theta, a linear discriminator D(x) = psi x. With
-`f(t) = -log(1 + exp(-t))` the discriminator maximises what the generator minimises, `L = f(theta psi) + f(0)`, so that the gradient field is
-`(-f'(theta psi) psi, f'(theta psi) theta)`: at right angles to (theta, psi), whose length it keeps.
+`f(t) = -log(1 + exp(-t))` the discriminator maximises what the generator minimises, `L = f(theta psi) + f(0)`, so that
+the gradient field is `(-f'(theta psi) psi, f'(theta psi) theta)`: at right angles to (theta, psi), whose length it
+keeps.
 """
 
 from __future__ import annotations
