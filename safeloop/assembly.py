@@ -146,14 +146,21 @@ def redraft_plan(given: Ingredients, assembly: Assembly, returned: Mapping[str, 
     return draft_plan(known, assembly.owners, assembly.ownership, assembly.gate, assembly.precision)
 
 
-def probe(given: Ingredients, stream: Stream) -> dict[str, Mapping[str, Any]]:
+def probe(
+    given: Ingredients, stream: Stream, read: Callable[[str, Any], Any] = lambda phase, returned: returned
+) -> dict[str, Any]:
     """What each phase's loss function returns for the first micro-batch; random state and buffers are then as before.
 
     Lazy parameters take their shapes here. Whatever else the user's function changes stays changed.
+
+    Args:
+        given: what the user brings.
+        stream: where micro-batches come from.
+        read: makes something of what a phase returned while its graph still holds: the buffers are not yet restored.
     """
     batch = stream.peek()
     with preserved(given.model), torch.enable_grad():
-        return {phase.name: phase.losses(batch) for phase in given.phases}
+        return {phase.name: read(phase.name, phase.losses(batch)) for phase in given.phases}
 
 
 def shares_by(given: Ingredients) -> Callable[[Sequence[Any]], list[float]]:

@@ -45,7 +45,7 @@ from safeloop.seeds import seed_everything
 from safeloop.step import run_step
 from safeloop.step.compiling import compile_model
 from safeloop.step.custom import Operations, custom_plan, refuse_accumulation
-from safeloop.step.terms import term_value
+from safeloop.step.terms import no_mapping, term_value
 from safeloop.stream import DataEnded
 
 
@@ -281,16 +281,22 @@ class Trainer:
 
     def _check(self) -> dict[str, tuple[str, ...]]:
         """Check the terms of the first micro-batch; the names that each phase returned."""
-        assembly, names = self._assembled(), {}
-        for phase, returned in self._probe(assembly).items():
+        assembly = self._assembled()
+        names: dict[str, tuple[str, ...]] = {}
+
+        def read(phase: str, returned: Any) -> Any:
             reader = assembly.readers[phase]
-            with preserved(self.model), torch.enable_grad():  # a penalty may call the model again
-                due = reader.due(returned, 0, is_audited=True)
+            if not isinstance(returned, Mapping):
+                raise no_mapping(returned, reader.rules.source)
+            names[phase] = tuple(returned)
+            return reader.due(returned, 0, is_audited=True)
+
+        for phase, due in self._probe(assembly, read).items():
+            reader = assembly.readers[phase]
             self._ledger.add(reader.penalties.taken())
             self._ledger.add(reader.faults(due, is_first=True))
             values = {name: term_value(term) for name, term in due.items()}
             self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
-            names[phase] = tuple(returned)
         return names
 
     def _loop(self, run: Assembly, recorder: Recorder) -> tuple[str, dict[str, float]]:
@@ -385,10 +391,12 @@ class Trainer:
             custom=self.custom_step if self._is_custom else None,
         )
 
-    def _probe(self, assembly: Assembly) -> Mapping[str, Mapping[str, Any]]:
-        """What each phase returns for the first micro-batch; a custom step is rehearsed and returns nothing."""
+    def _probe(
+        self, assembly: Assembly, read: Callable[[str, Any], Any] = lambda phase, returned: returned
+    ) -> Mapping[str, Any]:
+        """What `read` makes of what each phase returns for the first micro-batch; a custom step is only rehearsed."""
         if assembly.program.custom is None:
-            return probe(self._ingredients(), assembly.stream)
+            return probe(self._ingredients(), assembly.stream, read)
         with preserved(self.model), torch.enable_grad():
             self._record = assembly.program.custom.rehearse(assembly.stream.peek(), self.model)
         return {}

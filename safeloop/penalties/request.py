@@ -57,10 +57,10 @@ class Request:
             with torch.enable_grad(), _autocast_off(self.at.device.type):
                 return self._computed(name, penalty, where, scale, inspection)
         except FaultError as error:
-            if inspection is not None and inspection.faults:  # found before, and nearer to the cause
-                first, *rest = inspection.taken()
-                raise FaultError(first, (*rest, error.fault, *error.others)) from error
-            raise
+            found = [] if inspection is None else inspection.taken()
+            if found and found[0].severity == "error":  # found before, and nearer to the cause
+                raise FaultError(found[0], (*found[1:], error.fault, *error.others)) from error
+            raise FaultError(error.fault, (*found, *error.others)) from error
 
     def _computed(
         self, name: str, penalty: Penalty, where: str, scale: Tensor | None, inspection: Inspection | None

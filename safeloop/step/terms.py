@@ -39,6 +39,10 @@ class TermRules:
     penalties: PenaltyRules = field(default_factory=PenaltyRules)
     """what the config says of penalties"""
 
+    def section(self, term: str) -> str:
+        """The path of a term's section in the config."""
+        return f"{'penalties' if term in self.penalties.sections else 'losses'}.{term}"
+
     def view(self, returned: Mapping[str, Any], *, is_first: bool) -> TermsView:
         """What the term checks look at; a declared term can only be missed on the first step."""
         return TermsView(

@@ -426,3 +426,43 @@ def test_nodes_between_are_those_on_a_path() -> None:
     assert nodes_between(torch.ones(3), x) == []
     middle = x.sin()
     assert [node.name() for node in nodes_between(middle.exp(), middle)] == ["ExpBackward0"]
+
+
+def test_a_warning_found_on_the_way_does_not_hide_the_error_behind_it() -> None:
+    frozen = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)).requires_grad_(False)
+    model = nn.ModuleDict({"net": mlp(), "old": frozen})
+
+    def terms(run: Any, x: Tensor) -> dict[str, Any]:
+        return {"fit": run.model["net"](x).square().mean(), "p": run.penalty(run.model["old"], at=x)}
+
+    with pytest.raises(sl.FaultError) as caught:
+        run_of(model, terms).fit()
+    assert caught.value.fault.code == "SL434"
+    assert [fault.code for fault in caught.value.others] in ([], ["SL436"])
+
+
+def test_a_penalty_of_a_simultaneous_step_must_say_what_it_trains() -> None:
+    losses = {"fit": {"trains": ["*"]}}
+    fault = fault_of(run_of(mlp(), apart, losses=losses, simultaneous=True))
+    assert fault.code == "SL411"
+    assert "`penalties.p.trains`" in fault.fix
+
+
+def test_what_a_penalty_trains_is_asserted_under_its_own_section() -> None:
+    fault = fault_of(run_of(mlp(), apart, {"type": "r1", "trains": ["0.*"]}))
+    assert fault.code == "SL410"
+    assert "`penalties.p.trains`" in fault.fix
+
+
+def test_checking_a_shared_forward_with_batch_normalisation_works_and_changes_nothing() -> None:
+    def shared(run: Any, x: Tensor) -> dict[str, Any]:
+        x = run.leaf(x)
+        score = run.model(x)
+        return {"fit": score.square().mean(), "p": run.penalty(of=score, at=x)}
+
+    model = mlp(nn.BatchNorm1d(8), nn.Tanh())
+    before = copy.deepcopy(model.state_dict())
+    run = run_of(model, shared)
+    assert [fault.code for fault in run.check()] == ["SL436"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [fault.code for fault in run.fit().faults] == ["SL436"]
