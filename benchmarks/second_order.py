@@ -103,7 +103,7 @@ def r1_cases(name: str, gan: Gan, rounds: int) -> None:
     """Print a line for each way to compute R1."""
     x = gan.generator(gan.noise).detach()
     times = measure({one: contender(gan, x, step) for one, step in STEPS.items()}, rounds)
-    few = max(4, rounds // 4)
+    few = max(4, rounds // 2)
     long = {"never": never, "never again": never, f"every {EVERY} steps": lazy}
     times_lazy = measure({one: contender(gan, x, step) for one, step in long.items()}, few)
     wanted = gradients(gan, x, apart)
