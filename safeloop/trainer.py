@@ -153,8 +153,8 @@ class Trainer:
         """The loss of one micro-batch: a 0-d tensor with a path to what it trains. Override this or `losses`."""
         raise self._no_loss()
 
-    def losses(self, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
-        """The loss terms of one micro-batch by name, each a 0-d tensor, or `(tensor, weights)` of one shape."""
+    def losses(self, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor] | Request]:
+        """The loss terms of one micro-batch by name: a 0-d tensor, `(tensor, weights)` of one shape, or a penalty."""
         return {"loss": self.loss(batch)} if self._losses is None else self._losses(batch)
 
     def custom_step(self, ops: Operations, batch: Any) -> None:

@@ -31,7 +31,7 @@ class Request:
     function: Callable[[Tensor], Any] | None = None
     """what is differentiated; None: `values` were computed already"""
     values: Any = None
-    """computed from `at`; None where it did not require grad, since nothing was due"""
+    """what was computed from `at`; None where `function` is to be called"""
     targets: Tensor | None = None
     reduction: Reduction = "none"
     """how 0-d values came from those of the samples; `none`: they are not 0-d"""
@@ -52,112 +52,114 @@ class Request:
         Raises:
             FaultError: SL432 to SL435.
         """
-        where = f"penalty `{name}`" + (f", {self.place}" if self.place else "")
         try:
             with torch.enable_grad(), _autocast_off(self.at.device.type):
-                return self._computed(name, penalty, where, scale, inspection)
+                return self._computed(name, penalty, scale, inspection)
         except FaultError as error:
             found = [] if inspection is None else inspection.taken()
             if found and found[0].severity == "error":  # found before, and nearer to the cause
                 raise FaultError(found[0], (*found[1:], error.fault, *error.others)) from error
             raise FaultError(error.fault, (*found, *error.others)) from error
 
-    def _computed(
-        self, name: str, penalty: Penalty, where: str, scale: Tensor | None, inspection: Inspection | None
-    ) -> Tensor:
-        field = self._field(name, penalty, where, scale)
+    def _computed(self, name: str, penalty: Penalty, scale: Tensor | None, inspection: Inspection | None) -> Tensor:
+        field = self._field(name, penalty, scale)
         if inspection is not None:
-            inspection.before(name, penalty, field, where)
+            inspection.before(name, penalty, field, self._where(name))
         try:
             value = penalty.value(field)
         except NotReached:
-            raise _not_reached(name, where, "the values were not computed from `at`") from None
+            raise self._not_reached(name, "the values were not computed from `at`") from None
         except Vanished:
-            raise _linear(name, where) from None
+            raise _linear(name, self._where(name)) from None
         if not value.requires_grad:
             raise PenaltyWithoutGradient.error(
                 f"`{name}` is a constant: the gradient that it is made of depends on no parameter that is trained here",
-                where=where,
+                where=self._where(name),
                 why="the function is frozen in this phase or without parameters, was computed under no_grad or from "
                 "detached weights, or is linear in `at` with fixed weights",
                 fix="return the penalty from the phase that trains the function",
             )
         if inspection is not None:
-            inspection.after(name, penalty, field, value, where)
+            inspection.after(name, penalty, field, value, self._where(name))
         return value
 
-    def _field(self, name: str, penalty: Penalty, where: str, scale: Tensor | None) -> Field:
+    def _where(self, name: str) -> str:
+        return f"penalty `{name}`" + (f", {self.place}" if self.place else "")
+
+    def _wrong(self, name: str, what: str, fix: str) -> FaultError:
+        why = "a penalty is the mean of a number for each sample, from that sample's own gradient"
+        return PenaltyOfWrongShape.error(what, where=self._where(name), why=why, fix=fix)
+
+    def _not_reached(self, name: str, reason: str) -> FaultError:
+        return PenaltyPointNotReached.error(
+            f"`{name}`: {reason}",
+            where=self._where(name),
+            why="a gradient is taken at the tensor that went into the function, not at one with the same numbers",
+            fix="write `x = self.leaf(x)` before the forward and use that `x` for both, or give the function itself: "
+            "`self.penalty(function, at=x)`",
+        )
+
+    def _field(self, name: str, penalty: Penalty, scale: Tensor | None) -> Field:
         if not self.at.is_floating_point() or self.at.dim() == 0:
             what = f"`at` of `{name}` has dtype {_dtype(self.at)} and shape {list(self.at.shape)}"
-            raise _wrong(what, where, "give it floating-point inputs, `[N, ...]`, with one row for each sample")
+            raise self._wrong(name, what, "give it floating-point inputs, `[N, ...]`, with one row for each sample")
         if self.function is None:
-            at, values = self.at, self._of(penalty, self.values, name, where)
+            at, values = self.at, self._of(penalty, self.values, name)
             if not at.requires_grad:
-                raise _not_reached(name, where, "`at` does not require grad")
+                raise self._not_reached(name, "`at` does not require grad")
         else:
             at = self.at.detach().requires_grad_()
-            values = self._of(penalty, self.function(at), name, where)
+            values = self._of(penalty, self.function(at), name)
         if not values.requires_grad:
-            raise _not_reached(name, where, "the values have no graph: no_grad, detach() or .data lies between")
-        self._check_shapes(penalty, values, name, where)
+            raise self._not_reached(name, "the values have no graph: no_grad, detach() or .data lies between")
+        self._check_shapes(penalty, values, name)
         if values.dim() == 0 and self.reduction == "mean" and penalty.is_per_sample:
             values = values * len(at)
         return Field(values, at, self.targets, scale if values.dtype == torch.float16 else None)
 
-    def _of(self, penalty: Penalty, values: Any, name: str, where: str) -> Tensor:
+    def _of(self, penalty: Penalty, values: Any, name: str) -> Tensor:
         if isinstance(penalty, OutputJacobian) and penalty.output is not None:
-            values = _picked(values, penalty.output, name, where)
+            values = self._picked(values, penalty.output, name)
         if not isinstance(values, Tensor):
             what = f"`{name}` is of a {type(values).__name__}, not of a tensor"
-            raise _wrong(what, where, "let the function return the tensor that is to be differentiated")
+            raise self._wrong(name, what, "let the function return the tensor that is to be differentiated")
         return values
 
-    def _check_shapes(self, penalty: Penalty, values: Tensor, name: str, where: str) -> None:
+    def _picked(self, values: Any, path: str, name: str) -> Any:
+        for part in path.split("."):
+            if isinstance(values, Mapping) and part in values:
+                values = values[part]
+            elif isinstance(values, (list, tuple)) and part.isdecimal() and int(part) < len(values):
+                values = values[int(part)]
+            elif not isinstance(values, (Mapping, Tensor)) and hasattr(values, part):
+                values = getattr(values, part)
+            else:
+                known = f"; it has {', '.join(map(str, values))}" if isinstance(values, Mapping) else ""
+                what = f"`{name}` is of the output `{path}`, and a {type(values).__name__} has no `{part}`{known}"
+                raise self._wrong(name, what, f"correct `penalties.{name}.output`")
+        return values
+
+    def _check_shapes(self, penalty: Penalty, values: Tensor, name: str) -> None:
         if not values.is_floating_point():
-            raise _wrong(f"the values of `{name}` are {_dtype(values)}", where, "give it floating-point values")
+            raise self._wrong(name, f"the values of `{name}` are {_dtype(values)}", "give it floating-point values")
         if penalty.is_per_sample and values.dim() == 0 and self.reduction == "none":
-            raise _wrong(
+            raise self._wrong(
+                name,
                 f"the values of `{name}` have shape [], of {len(self.at)} samples",
-                where,
                 'return one value for each sample, `[N]` or `[N, 1]`: leave the `.mean()` out, `reduction="none"` for '
                 "a loss of torch",
             )
         if penalty.is_per_sample and values.dim() > 0 and len(values) != len(self.at):
-            raise _wrong(
+            raise self._wrong(
+                name,
                 f"the values of `{name}` have shape {list(values.shape)}, `at` has {list(self.at.shape)}",
-                where,
                 "give both one row for each sample, in the same order",
             )
         if "targets" in type(penalty).model_fields:
             found = "nothing" if self.targets is None else f"shape {list(self.targets.shape)}"
             if self.targets is None or self.targets.shape != self.at.shape:
                 what = f"the targets of `{name}` have {found}, `at` has {list(self.at.shape)}"
-                raise _wrong(what, where, "pass `targets=` of the shape of `at`")
-
-
-def _picked(values: Any, path: str, name: str, where: str) -> Any:
-    for part in path.split("."):
-        if isinstance(values, Mapping) and part in values:
-            values = values[part]
-        elif isinstance(values, (list, tuple)) and part.isdecimal() and int(part) < len(values):
-            values = values[int(part)]
-        elif not isinstance(values, (Mapping, Tensor)) and hasattr(values, part):
-            values = getattr(values, part)
-        else:
-            known = f"; it has {', '.join(map(str, values))}" if isinstance(values, Mapping) else ""
-            what = f"`{name}` is of the output `{path}`, and a {type(values).__name__} has no `{part}`{known}"
-            raise _wrong(what, where, f"correct `penalties.{name}.output`")
-    return values
-
-
-def _not_reached(name: str, where: str, reason: str) -> FaultError:
-    return PenaltyPointNotReached.error(
-        f"`{name}`: {reason}",
-        where=where,
-        why="a gradient is taken at the tensor that went into the function, not at one with the same numbers",
-        fix="write `x = self.leaf(x)` before the forward and use that `x` for both, or give the function itself: "
-        "`self.penalty(function, at=x)`",
-    )
+                raise self._wrong(name, what, "pass `targets=` of the shape of `at`")
 
 
 def _linear(name: str, where: str) -> FaultError:
@@ -167,11 +169,6 @@ def _linear(name: str, where: str) -> FaultError:
         why="the function is linear in `at`",
         fix="use a smooth nonlinear activation: nn.SiLU, nn.GELU, nn.Tanh, nn.Softplus",
     )
-
-
-def _wrong(what: str, where: str, fix: str) -> FaultError:
-    why = "a penalty is the mean of a number for each sample, from that sample's own gradient"
-    return PenaltyOfWrongShape.error(what, where=where, why=why, fix=fix)
 
 
 def _dtype(tensor: Tensor) -> str:
