@@ -29,7 +29,8 @@ _LIKELY = (
 enters it requires grad, that does no harm: then the graph of the result has no dead end."""
 
 _DEAD_ENDS = ("NotImplemented", "CdistBackwardBackward", "PdistBackwardBackward", "EmbeddingBagBackwardBackward")
-"""Parts of the names of nodes in a differentiated graph that raise when a backward pass reaches them."""
+"""Starts of the names, without their namespace, of nodes that raise when a backward pass reaches them. Not among them:
+`WarnNotImplemented`, of operators from outside torch, which warns."""
 
 
 def nodes_between(values: Tensor, at: Tensor) -> list[Node]:
@@ -76,8 +77,8 @@ def obstacles(nodes: list[Node]) -> list[str]:
 
 def dead_ends(tensor: Tensor) -> list[str]:
     """Names of the nodes in the graph of `tensor` that will raise when a backward pass reaches them."""
-    names = (node.name() for node in _nodes(tensor))
-    return list(dict.fromkeys(name for name in names if any(part in name for part in _DEAD_ENDS)))
+    names = (node.name().rpartition("::")[2] for node in _nodes(tensor))
+    return list(dict.fromkeys(name for name in names if name.startswith(_DEAD_ENDS)))
 
 
 def _is_once_differentiable(node: Any) -> bool:

@@ -393,6 +393,17 @@ def test_a_compiled_function_is_foreseen() -> None:
     assert obstacles(nodes_between(compiled(x), x)) == ["CompiledFunctionBackward"]
 
 
+def test_an_operator_from_outside_that_only_warns_is_no_dead_end() -> None:
+    """Its node is called WarnNotImplemented: torch warns at its backward, and gives no gradient."""
+    library = torch.library.Library("safeloop_test", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: torch.from_numpy(2 * x.detach().numpy()), "CPU")
+    y = torch.ops.safeloop_test.twice(torch.ones(3, requires_grad=True))
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == "torch::autograd::WarnNotImplemented"
+    assert dead_ends(y.sum()) == []
+
+
 def test_the_names_of_nodes_are_those_of_the_installed_torch() -> None:
     """Each name that is looked for raises in torch itself when it is differentiated twice."""
     for node, function, _ in HOPELESS[:4]:

@@ -110,19 +110,27 @@ class OperationWithoutSecondDerivative(Check):
         """One fault for each term whose graph holds a node that will raise."""
         for term in read_terms(view):
             if term.tensor.requires_grad and (names := dead_ends(term.tensor)):
-                yield cls.of(term.name, names, where(view, term.name))
+                what = f"the graph of loss term `{term.name}` holds {_quoted(names)}, where torch has no derivative"
+                yield cls._fault(what, term.name, names, where(view, term.name))
 
     @classmethod
     def of(cls, term: str, nodes: Sequence[str], where: str) -> Fault:
-        """The fault for a term, with the names of the nodes that were found."""
-        shown = [node.removeprefix("torch::autograd::") for node in nodes]
-        known = [next((fix for start, fix in _FIXES.items() if node.startswith(start)), None) for node in shown]
-        is_dead_end = any("NotImplemented" in node or "BackwardBackward" in node for node in shown)
+        """The fault for a penalty, with the names of the nodes that its gradient runs through."""
+        return cls._fault(f"`{term}` differentiates a gradient that runs through {_quoted(nodes)}", term, nodes, where)
+
+    @classmethod
+    def _fault(cls, what: str, term: str, nodes: Sequence[str], where: str) -> Fault:
+        known = [next((fix for start, fix in _FIXES.items() if node.startswith(start)), None) for node in nodes]
+        is_dead_end = any("NotImplemented" in node or "BackwardBackward" in node for node in nodes)
         fixes = [fix or (_GENERIC if is_dead_end else _CUSTOM) for fix in known]
         return cls.fault(
-            f"`{term}` differentiates a gradient that runs through {', '.join(f'`{node}`' for node in shown)}",
+            what,
             where=where,
-            why="the backward of this operation has no derivative of its own",
+            why="the backward of an operation on the way has no derivative of its own",
             fix="; ".join(dict.fromkeys(fixes)),
             names=(term,),
         )
+
+
+def _quoted(nodes: Sequence[str]) -> str:
+    return ", ".join(f"`{node}`" for node in nodes)
