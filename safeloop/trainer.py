@@ -192,7 +192,8 @@ class Trainer:
 
         Args:
             function: called with `at`, gives the values that are differentiated, `[N, ...]`.
-            at: the inputs, `[N, ...]`.
+            at: the inputs, `[N, ...]`; a function is called with them as constants, so that no gradient leaves through
+                them.
             of: in place of `function`: values that were computed from `at = self.leaf(...)`.
             targets: for penalties that compare the gradient with something.
 
