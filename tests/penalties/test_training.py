@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import safeloop as sl
+from safeloop.penalties.r1 import R1
 
 OFF: dict[str, Any] = {"sinks": []}
 ADAM = {"type": "Adam", "lr": 1e-2, "betas": [0.0, 0.9]}
@@ -438,3 +439,12 @@ def test_a_call_that_says_neither_or_both_is_refused(given: dict[str, str]) -> N
         run.penalty(run.model if given else None, at=x, of=run.model(x) if given else None)
     with pytest.raises(TypeError, match="takes a tensor as `at`, not a list"):
         run.penalty(run.model, at=[1.0])  # type: ignore[arg-type]
+
+
+def test_autocast_is_off_while_a_penalty_is_computed_also_inside_a_region() -> None:
+    model, x = discriminator(), torch.randn(16, 2)
+    request = scored(model, {}).penalty(model, at=x)
+    wanted = request("r1", R1())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        assert request("r1", R1()).item() == wanted.item()
