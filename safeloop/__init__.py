@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from safeloop.evaluation import needs_grad as needs_grad
     from safeloop.faults import Fault as Fault
     from safeloop.faults import FaultError as FaultError
+    from safeloop.penalties.points import interpolate as interpolate
     from safeloop.phases import phase as phase
     from safeloop.replay import replay as replay
     from safeloop.trainer import RunResult as RunResult
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "needs_grad", "phase", "replay"]
+__all__ = [
+    "Fault",
+    "FaultError",
+    "RunResult",
+    "Trainer",
+    "__version__",
+    "audit",
+    "interpolate",
+    "needs_grad",
+    "phase",
+    "replay",
+]
 
 _HOMES = {
     "Fault": "safeloop.faults",
@@ -30,6 +42,7 @@ _HOMES = {
     "RunResult": "safeloop.trainer",
     "Trainer": "safeloop.trainer",
     "audit": "safeloop.audit",
+    "interpolate": "safeloop.penalties.points",
     "needs_grad": "safeloop.evaluation",
     "phase": "safeloop.phases",
     "replay": "safeloop.replay",

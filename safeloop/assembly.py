@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from safeloop.audit.budget import Budget
@@ -18,7 +19,6 @@ from safeloop.checks.setup.rates import LearningRatesFarApart
 from safeloop.checks.stages import setup_faults
 from safeloop.checks.update.closure import TokensWithoutCount
 from safeloop.checks.views import Ownership, SetupView
-from safeloop.config.losses import WeightRamp
 from safeloop.data.move import Mover
 from safeloop.drafting import draft_plan, exact_every, first_weights
 from safeloop.evaluation import preserved
@@ -27,6 +27,7 @@ from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.optim.averaging import Average
 from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
+from safeloop.penalties.base import LazyWeight
 from safeloop.plan import StepPlan
 from safeloop.refusals import closure_faults, refuse_epochs, untrained
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
@@ -34,7 +35,9 @@ from safeloop.step.attendance import Attendance
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
+from safeloop.step.penalties import PenaltyRules
 from safeloop.stream import Stream
+from safeloop.weights import WeightRamp
 
 if TYPE_CHECKING:
     from safeloop.config import Loaded
@@ -103,8 +106,12 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     if given.custom is not None:
         plan = custom_plan(plan, tuple(owners))
     average = None if config.average is None else Average(config.average, model)
-    weights = first_weights(config)
-    readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
+    weights = first_weights(config) | {name: LazyWeight(one).at(0) for name, one in config.penalties.items()}
+    seen: set[str] = set()
+    readers = {
+        phase.name: TermReader(_rules(given, phase, owners, weights, _penalties(given, phase, owners, precision, seen)))
+        for phase in given.phases
+    }
     observer = StepAudit(Budget(config.audit.level, config.audit.budget), ledger, model, ownership, given.holders)
     losses = {phase.name: phase.losses for phase in given.phases}
     attendance = _attendance(given)
@@ -153,14 +160,37 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     )
 
 
-def probe(given: Ingredients, stream: Stream) -> dict[str, Mapping[str, Any]]:
+def redraft_plan(given: Ingredients, assembly: Assembly, returned: Mapping[str, Sequence[str]]) -> StepPlan:
+    """The plan with the terms that `@phase` methods returned, which the config does not name.
+
+    Args:
+        given: what the user brings.
+        assembly: what was made of it.
+        returned: phase -> names of the terms that came for the first micro-batch.
+    """
+    phases = [
+        replace(phase, terms=returned[phase.name], is_open=False) if phase.is_open and not phase.terms else phase
+        for phase in given.phases
+    ]
+    known = replace(given, phases=phases)
+    return draft_plan(known, assembly.owners, assembly.ownership, assembly.gate, assembly.precision)
+
+
+def probe(
+    given: Ingredients, stream: Stream, read: Callable[[str, Any], Any] = lambda phase, returned: returned
+) -> dict[str, Any]:
     """What each phase's loss function returns for the first micro-batch; random state and buffers are then as before.
 
     Lazy parameters take their shapes here. Whatever else the user's function changes stays changed.
+
+    Args:
+        given: what the user brings.
+        stream: where micro-batches come from.
+        read: makes something of what a phase returned while its graph still holds: the buffers are not yet restored.
     """
     batch = stream.peek()
     with preserved(given.model), torch.enable_grad():
-        return {phase.name: phase.losses(batch) for phase in given.phases}
+        return {phase.name: read(phase.name, phase.losses(batch)) for phase in given.phases}
 
 
 def shares_by(given: Ingredients) -> Callable[[Sequence[Any]], list[float]]:
@@ -235,11 +265,37 @@ def _attendance(given: Ingredients) -> Attendance:
     )
 
 
-def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], weights: dict[str, float]) -> TermRules:
-    """The rules for the terms of one phase; only a single phase can tell that a declared term is missing."""
-    losses = given.config.losses
+def _trained(phase: PhaseMethod, owners: Mapping[str, Owner]) -> dict[str, nn.Parameter]:
     trained = owners.values() if phase.trains is None else [owners[name] for name in phase.trains]
-    owned = {name: parameter for owner in trained for name, parameter in owner.parameters.items()}
+    return {name: parameter for owner in trained for name, parameter in owner.parameters.items()}
+
+
+def _penalties(
+    given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], precision: Precision, seen: set[str]
+) -> PenaltyRules:
+    return PenaltyRules(
+        given.config.penalties,
+        tuple(_trained(phase, owners).values()),
+        given.model,
+        precision.scale,
+        seen,
+        is_last=phase is given.phases[-1],
+    )
+
+
+def _rules(
+    given: Ingredients,
+    phase: PhaseMethod,
+    owners: Mapping[str, Owner],
+    weights: dict[str, float],
+    penalties: PenaltyRules,
+) -> TermRules:
+    """The rules for the terms of one phase; only a single phase can tell that a declared term is missing."""
+    losses, config = given.config.losses, given.config
+    owned = _trained(phase, owners)
+    ramps = {name: section.weight for name, section in losses.items() if isinstance(section.weight, WeightRamp)}
+    lazy = {name: LazyWeight(one) for name, one in config.penalties.items() if isinstance(one.weight, WeightRamp)}
+    sections: dict[str, Any] = {**losses, **config.penalties}
     return TermRules(
         parameters={**dict(given.model.named_parameters()), **owned},
         owned=frozenset(owned),
@@ -247,7 +303,8 @@ def _rules(given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], 
         weights=weights,
         declared=tuple(losses) if len(given.phases) == 1 else tuple(phase.terms),
         constants_allowed=frozenset(name for name, section in losses.items() if section.may_be_constant),
-        trains={} if given.config.simultaneous else {n: s.trains for n, s in losses.items() if s.trains is not None},
+        trains={} if config.simultaneous else {n: s.trains for n, s in sections.items() if s.trains is not None},
         every={name: section.every for name, section in losses.items() if section.every > 1},
-        schedules={name: s.weight for name, s in losses.items() if isinstance(s.weight, WeightRamp)},
+        schedules={**ramps, **lazy},
+        penalties=penalties,
     )

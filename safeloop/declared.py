@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from safeloop.checks.config.run import BadInputPath
 from safeloop.config.inputs import follow
+from safeloop.penalised import DeclaredPenalties
 
 if TYPE_CHECKING:
     from safeloop.config import Loaded
@@ -25,6 +26,7 @@ class Declared:
         functions: name -> what is called with the inputs.
         inputs: name -> paths into the batch and the model's output.
         section: `losses` or `metrics`.
+        penalties: what is made of gradients of the losses or of the output.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Declared:
         functions: Mapping[str, Callable[..., Any]],
         inputs: Mapping[str, Sequence[str]],
         section: str,
+        penalties: DeclaredPenalties,
     ) -> None:
         self.functions = functions
+        self.penalties = penalties
         self._inputs = inputs
         self._model = model
         self._model_inputs = loaded.config.model.inputs if loaded.config.model is not None else None
@@ -43,18 +47,21 @@ class Declared:
         self._model_where = loaded.where("model.inputs")
 
     def only(self, names: Sequence[str]) -> Declared:
-        """The same, of some of the functions."""
+        """The same, of some of the functions and penalties."""
         chosen = copy.copy(self)
-        chosen.functions = {name: self.functions[name] for name in names}
+        chosen.functions = {name: self.functions[name] for name in names if name in self.functions}
+        chosen.penalties = self.penalties.only(names)
         return chosen
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """Run the model on a batch, and every function on what its paths lead to."""
+        batch = self.penalties.with_leaves(batch)
         roots = {"batch": batch, "output": self._model()(*self._model_arguments(batch))}
-        return {
+        computed = {
             name: _called(function, [follow(path, roots, where=self._where[name]) for path in self._inputs[name]])
             for name, function in self.functions.items()
         }
+        return {**computed, **self.penalties.requests(batch, roots["output"], computed)}
 
     def _model_arguments(self, batch: Any) -> list[Any]:
         if self._model_inputs is not None:
@@ -70,18 +77,23 @@ class Declared:
         )
 
 
-def declared_losses(loaded: Loaded, model: Callable[[], nn.Module], device: torch.device) -> Declared:
-    """The loss terms of a config-only run."""
+def declared_losses(
+    loaded: Loaded, model: Callable[[], nn.Module], device: torch.device, leaf: Callable[[Tensor], Tensor]
+) -> Declared:
+    """The loss terms of a config-only run; `leaf` makes one of a tensor on the steps when a penalty is due."""
     sections = {name: section for name, section in loaded.config.losses.items() if section.is_built}
     functions = {name: section.build(loaded.allow) for name, section in sections.items()}
-    return Declared(loaded, model, _on(device, functions), _paths(sections), "losses")
+    penalties = DeclaredPenalties(loaded, loaded.config.penalties, leaf)
+    return Declared(loaded, model, _on(device, functions), _paths(sections), "losses", penalties)
 
 
 def declared_metrics(loaded: Loaded, model: Callable[[], nn.Module], device: torch.device) -> Declared:
     """The metrics of a config-only run."""
     sections = loaded.config.metrics
     functions = {name: section.build(object, loaded.allow) for name, section in sections.items()}
-    return Declared(loaded, model, _on(device, functions), _paths(sections), "metrics")
+    return Declared(
+        loaded, model, _on(device, functions), _paths(sections), "metrics", DeclaredPenalties(loaded, {}, lambda x: x)
+    )
 
 
 def _paths(sections: Mapping[str, Any]) -> dict[str, Sequence[str]]:

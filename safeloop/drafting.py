@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -26,18 +26,17 @@ def draft_plan(
     precision: Precision,
 ) -> StepPlan:
     """The plan; raises SL601 where it would be out of order."""
-    losses = given.config.losses
-    weights = first_weights(given.config)
+    sections: dict[str, Any] = {**given.config.losses, **given.config.penalties}
     accumulate = given.config.accumulate
     phases = [
         PhaseFacts(
             phase.name,
             tuple(owners) if phase.trains is None else tuple(phase.trains),
-            tuple(Term(name, weights.get(name, 1.0)) for name in phase.terms),
+            tuple(_term(given.config, name) for name in phase.terms),
             phase.is_open,
             phase.repeat,
             phase.every,
-            tuple(tuple(losses[name].trains or ()) for name in phase.terms) if given.config.simultaneous else None,
+            tuple(tuple(sections[name].trains or ()) for name in phase.terms) if given.config.simultaneous else None,
         )
         for phase in given.phases
     ]
@@ -71,6 +70,13 @@ def waits(gate: ImmediateGate | DeferredGate, owners: Mapping[str, Owner]) -> bo
     """Whether the finite check makes the host wait for a device."""
     is_elsewhere = any(tensor.device.type != "cpu" for owner in owners.values() for tensor in owner.tensors)
     return is_elsewhere and not gate.is_deferred
+
+
+def _term(config: RunConfig, name: str) -> Term:
+    penalty = config.penalties.get(name)
+    if penalty is None:
+        return Term(name, first_weights(config).get(name, 1.0))
+    return Term(name, penalty.first_weight, penalty.order, penalty.every, penalty.formula)
 
 
 def exact_every(config: RunConfig) -> int | None:

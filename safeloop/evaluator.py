@@ -11,6 +11,7 @@ from safeloop.data.source import Source
 from safeloop.evaluation import evaluate, wants_grad
 from safeloop.evaluation.stand_in import standing_in
 from safeloop.optim.owner import move_by_metrics
+from safeloop.penalties.request import Request
 from safeloop.seeds import derive
 from safeloop.step.terms import term_value
 
@@ -27,7 +28,8 @@ class Evaluator:
         trainer: whose `metrics` and losses are called; an averaged model stands in for its own.
         data: in its own order.
         has_metrics: whether the Trainer says what to measure.
-        losses: a batch's loss terms of all phases, evaluated too, as `loss/eval`; None: they are not.
+        losses: a batch's loss terms of all phases, evaluated too, as `loss/eval`, without penalties; None: they are
+        not.
     """
 
     def __init__(
@@ -69,5 +71,6 @@ class Evaluator:
         measured = self._trainer.metrics(batch) if self._has_metrics else {}
         if self._losses is None or not isinstance(measured, Mapping):
             return measured  # type: ignore[return-value]
-        terms = self._losses(batch).items()
-        return {"loss/eval": sum(weights.get(name, 1.0) * term_value(term) for name, term in terms), **measured}
+        terms = {name: term for name, term in self._losses(batch).items() if not isinstance(term, Request)}
+        total = sum(weights.get(name, 1.0) * term_value(term) for name, term in terms.items())
+        return {"loss/eval": total, **measured}

@@ -39,7 +39,7 @@ def phase_methods(trainer: Trainer, declared: Declared | None, *, is_single: boo
     if marks:
         return [_marked_phase(trainer, name, mark) for name, mark in marks.items()]
     source = where_defined(type(trainer).loss if is_single else type(trainer).losses)
-    terms = ["loss"] if is_single else list(config.losses)
+    terms = ["loss"] if is_single else [*config.losses, *config.penalties]
     return [PhaseMethod("train", trainer.losses, source, terms, not is_single and declared is None)]
 
 
@@ -47,7 +47,7 @@ def _marked_phase(trainer: Trainer, name: str, mark: PhaseMark) -> PhaseMethod:
     section = trainer.config.phases.get(name)
     return PhaseMethod(
         name,
-        getattr(trainer, name),
+        trainer._entering(name),
         where_defined(getattr(type(trainer), name)),
         terms=(),
         is_open=True,
@@ -63,13 +63,13 @@ def _declared_phase(loaded: Loaded, declared: Declared, name: str, section: Phas
             raise loaded.error(
                 MissingKey, f"phases.{name}", f"phase `{name}` does not say its `{key}`", fix=f"add `{key}: [...]`"
             )
-    names = section.losses or ()
-    if strangers := [loss for loss in names if loss not in declared.functions]:
+    names, known = section.losses or (), [*declared.functions, *declared.penalties]
+    if strangers := [loss for loss in names if loss not in known]:
         raise loaded.error(
             UnknownKey,
             f"phases.{name}.losses",
             f"phase `{name}` computes `{strangers[0]}`, which is no loss with a `type` or `target`",
-            fix=f"the losses are {', '.join(declared.functions)}",
+            fix=f"the losses are {', '.join(known)}",
         )
     return PhaseMethod(
         name,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safeloop.accumulation import AccumulationReport, compare_accumulation
-from safeloop.assembly import Assembly, assemble, probe
+from safeloop.assembly import Assembly, assemble, probe, redraft_plan
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
 from safeloop.bundles import saver
@@ -38,6 +39,8 @@ from safeloop.faults import Fault, FaultError
 from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.methods import phase_methods
 from safeloop.optim.permit import held
+from safeloop.penalties.points import is_due, leaf
+from safeloop.penalties.request import Request, requested
 from safeloop.phases import phases_of
 from safeloop.plan import Node, StepPlan
 from safeloop.recorder import Recorder
@@ -45,7 +48,7 @@ from safeloop.seeds import seed_everything
 from safeloop.step import run_step
 from safeloop.step.compiling import compile_model
 from safeloop.step.custom import Operations, custom_plan, refuse_accumulation
-from safeloop.step.terms import term_value
+from safeloop.step.terms import no_mapping, term_value
 from safeloop.stream import DataEnded
 
 
@@ -124,13 +127,14 @@ class Trainer:
             seed_everything(self.config.run.seed)
         self.model: nn.Module = brought.build_model(self.loaded)
         self._train_data = brought.train_source(self.loaded)
-        self._losses = None if written else declared_losses(self.loaded, lambda: self.model, self.device)
+        self._losses = None if written else declared_losses(self.loaded, lambda: self.model, self.device, self.leaf)
         self._metrics = declared_metrics(self.loaded, lambda: self.model, self.device)
         self._evaluator = self._make_evaluator(brought.eval_source(self.loaded))
         if self._is_custom:
             refuse_accumulation(self.config.accumulate.micro_batches)
         self._assembly: Assembly | None = None
         self._record: list[Node] | None = None
+        self._phase = ""
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -152,8 +156,8 @@ class Trainer:
         """The loss of one micro-batch: a 0-d tensor with a path to what it trains. Override this or `losses`."""
         raise self._no_loss()
 
-    def losses(self, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
-        """The loss terms of one micro-batch by name, each a 0-d tensor, or `(tensor, weights)` of one shape."""
+    def losses(self, batch: Any) -> Mapping[str, Tensor | tuple[Tensor, Tensor] | Request]:
+        """The loss terms of one micro-batch by name: a 0-d tensor, `(tensor, weights)` of one shape, or a penalty."""
         return {"loss": self.loss(batch)} if self._losses is None else self._losses(batch)
 
     def custom_step(self, ops: Operations, batch: Any) -> None:
@@ -163,6 +167,43 @@ class Trainer:
         the gradient scale follow at the end of the step.
         """
         raise self._no_loss()
+
+    def leaf(self, x: Tensor) -> Tensor:
+        """`x` as a leaf that requires grad, on steps when a penalty of the phase is due; else `x` as it is.
+
+        Run the model on what it returns, and give that as `at` to `self.penalty(of=..., at=x)`: the penalty then shares
+        the loss's forward. What requires grad already is returned as it is, graph included. On a due step the backward
+        pass also computes the gradient of `x`.
+        """
+        if not torch.is_grad_enabled() or not is_due(self.step, self._penalty_steps()):
+            return x
+        return leaf(x)
+
+    def penalty(
+        self,
+        function: Callable[[Tensor], Any] | None = None,
+        *,
+        at: Tensor,
+        of: Any = None,
+        targets: Tensor | None = None,
+    ) -> Request:
+        """A penalty on the gradient of a function at some inputs; return it as a loss term.
+
+        Its key among the terms is its name, and `penalties.<name>` of the config says which penalty it is, its weight
+        and when it is due. It is computed only then, after the loss function, with autocast off; its derivative is
+        part of the one backward pass of its phase.
+
+        Args:
+            function: called with `at`, gives the values that are differentiated, `[N, ...]`.
+            at: the inputs, `[N, ...]`; a function is called with them as constants, so that no gradient leaves through
+                them.
+            of: in place of `function`: values that were computed from `at = self.leaf(...)`.
+            targets: for penalties that compare the gradient with something.
+
+        Raises:
+            ValueError: neither or both of `function` and `of` are given.
+        """
+        return requested(function, at, of, targets, sys._getframe(1))
 
     def metrics(self, batch: Any) -> Mapping[str, Any]:
         """What is measured on one evaluation micro-batch, by name, without gradients and in eval mode.
@@ -182,9 +223,11 @@ class Trainer:
 
     def plan(self) -> StepPlan:
         """The step plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
-        self.check()
-        plan = self._assembled().plan
-        return plan if self._record is None else custom_plan(plan, tuple(self._assembled().owners), self._record)
+        returned = self._check()
+        assembly = self._assembled()
+        if self._record is not None:
+            return custom_plan(assembly.plan, tuple(assembly.owners), self._record)
+        return redraft_plan(self._ingredients(), assembly, returned)
 
     def check(self) -> list[Fault]:
         """Set up, run one forward on the first micro-batch, and check its terms; nothing is trained.
@@ -192,13 +235,7 @@ class Trainer:
         Raises:
             FaultError: the first error, with all others.
         """
-        assembly = self._assembled()
-        for phase, returned in self._probe(assembly).items():
-            reader = assembly.readers[phase]
-            self._ledger.add(reader.faults(reader.due(returned, 0), is_first=True))
-            values = {name: term_value(term) for name, term in returned.items()}
-            self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
-            self._ledger.add(assembly.attendance.answer(phase, returned, reader.rules))
+        self._check()
         return list(self.faults)
 
     def check_accumulation(self) -> AccumulationReport:
@@ -253,6 +290,27 @@ class Trainer:
         seconds = time.perf_counter() - started
         return RunResult(self.step, self.epoch, metrics, losses, self.faults, recorder.dir, outcome, seconds)
 
+    def _check(self) -> dict[str, tuple[str, ...]]:
+        """Check the terms of the first micro-batch; the names that each phase returned."""
+        assembly = self._assembled()
+        names: dict[str, tuple[str, ...]] = {}
+
+        def read(phase: str, returned: Any) -> Any:
+            reader = assembly.readers[phase]
+            if not isinstance(returned, Mapping):
+                raise no_mapping(returned, reader.rules.source)
+            names[phase] = tuple(returned)
+            self._ledger.add(assembly.attendance.answer(phase, returned, reader.rules))
+            return reader.due(returned, 0, is_audited=True)
+
+        for phase, due in self._probe(assembly, read).items():
+            reader = assembly.readers[phase]
+            self._ledger.add(reader.penalties.taken())
+            self._ledger.add(reader.faults(due, is_first=True))
+            values = {name: term_value(term) for name, term in due.items()}
+            self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
+        return names
+
     def _loop(self, run: Assembly, recorder: Recorder) -> tuple[str, dict[str, float]]:
         every, max_steps = self.config.log.every, self.config.run.max_steps
         evaluator, evaluate_every = self._evaluator, self.config.evaluate.every
@@ -303,6 +361,23 @@ class Trainer:
         self._ledger.add([_ended_early(self.step, max_steps)], self.step)
         return "data ended"
 
+    def _penalty_steps(self) -> list[int]:
+        """Every how many steps the penalties of the running phase are due; all of them until they have come once."""
+        penalties, assembly = self.config.penalties, self._assembly
+        reader = None if assembly is None else assembly.readers.get(self._phase)
+        names = penalties if reader is None or not reader.penalties.names else reader.penalties.names
+        return [penalties[name].every for name in names if name in penalties]
+
+    def _entering(self, phase: str) -> Callable[[Any], Any]:
+        """The method of a phase, which makes it known as the running one."""
+        method = getattr(self, phase)
+
+        def losses(batch: Any) -> Any:
+            self._phase = phase
+            return method(batch)
+
+        return losses
+
     def _all_losses(self, batch: Any) -> dict[str, Any]:
         return {name: term for phase in self._phases() for name, term in phase.losses(batch).items()}
 
@@ -333,10 +408,12 @@ class Trainer:
             holders=(self,),
         )
 
-    def _probe(self, assembly: Assembly) -> Mapping[str, Mapping[str, Any]]:
-        """What each phase returns for the first micro-batch; a custom step is rehearsed and returns nothing."""
+    def _probe(
+        self, assembly: Assembly, read: Callable[[str, Any], Any] = lambda phase, returned: returned
+    ) -> Mapping[str, Any]:
+        """What `read` makes of what each phase returns for the first micro-batch; a custom step is only rehearsed."""
         if assembly.program.custom is None:
-            return probe(self._ingredients(), assembly.stream)
+            return probe(self._ingredients(), assembly.stream, read)
         with preserved(self.model), torch.enable_grad():
             self._record = assembly.program.custom.rehearse(assembly.stream.peek(), self.model)
         return {}

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import safeloop as sl
 from safeloop.config import load
+from safeloop.datasets import Digits
 from safeloop.trainer import trainer_class
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +113,19 @@ def test_digits_without_python_learns_too(tmp_path: Path) -> None:
     found = scalars(result.dir)
     assert found["loss/ce"] == found["loss/train"]
     assert {"grad/main/pre_clip", "grad/main/post_clip", "module/grad_norm/0", "module/grad_norm/3"} <= found.keys()
+
+
+def test_wgan_gp_draws_every_digit_within_three_hundred_steps() -> None:
+    changes = ["run.device=cpu", "run.max_steps=300", "log.sinks=[]"]
+    loaded = load(Path("configs/wgan_gp.yaml"), overrides=changes)
+    run = trainer_class(loaded)(loaded)
+    result = run.fit()
+    assert result.faults == ()
+    assert result.metrics["digits/found"] == 10
+    assert result.metrics["digits/rarest"] >= 0.02
+    assert abs(result.losses["gp"]) < 0.1, "the slope stays near 1"
+    images = run.model.generator(torch.randn(360, 16)).detach()
+    real, held_out = (Digits(split, flat=True).tensors[0] for split in ("train", "test"))
+    near, wanted = (torch.cdist(some, real).min(1).values.mean() for some in (images, held_out))
+    assert near < 1.8 * wanted, "a generated digit looks as much like a real one as another real digit does, nearly"
+    assert torch.cdist(torch.rand(360, 64), real).min(1).values.mean() > 2 * near

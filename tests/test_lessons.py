@@ -157,6 +157,51 @@ def test_row_13_a_term_with_weights_is_a_vector_jacobian_product() -> None:
     assert wrong.code == "SL408"
 
 
+def test_row_14_plain_torch_needs_create_graph_for_a_second_derivative() -> None:
+    x = torch.tensor(3.0, requires_grad=True)
+    (first,) = torch.autograd.grad(x**2, x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x)
+    assert (first.item(), second.item()) == (6.0, 2.0)
+    (constant,) = torch.autograd.grad(x**2, x)
+    assert not constant.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(constant, x)
+
+
+def test_row_14_a_penalty_owns_the_graph_of_its_derivative() -> None:
+    """Of w x^2 at x = 3 with w = 1: the slope is 6 w, the penalty (6 w)^2, and its derivative by w is 72."""
+    model = Scalars(w=1.0)
+
+    class Run(sl.Trainer):
+        def losses(self, batch: Tensor) -> Any:
+            return {"slope": self.penalty(lambda x: self.model.w * x**2, at=batch)}
+
+    data, tiny = [torch.tensor([3.0])], {"type": "SGD", "lr": 1e-9}
+    run = {"max_steps": 1}
+    slope = {"type": "gradient"}
+    result = Run(model=model, data=data, optimizers=tiny, penalties={"slope": slope}, run=run, log={"sinks": []}).fit()
+    assert result.faults == ()
+    assert model.w.grad is not None
+    assert model.w.grad.item() == pytest.approx(72.0)
+
+
+def test_row_14_a_second_derivative_is_a_penalty_of_its_own() -> None:
+    """Of w x^2 the second derivative is 2 w: its derivative by w is 2."""
+    model = Scalars(w=1.0)
+
+    class Run(sl.Trainer):
+        def losses(self, batch: Tensor) -> Any:
+            return {"curve": self.penalty(lambda x: self.model.w * x**2, at=batch)}
+
+    data, tiny = [torch.tensor([3.0])], {"type": "SGD", "lr": 1e-9}
+    curve = {"type": "hessian_trace"}
+    Run(
+        model=model, data=data, optimizers=tiny, penalties={"curve": curve}, run={"max_steps": 1}, log={"sinks": []}
+    ).fit()
+    assert model.w.grad is not None
+    assert model.w.grad.item() == pytest.approx(2.0)
+
+
 def test_row_20_a_non_leaf_meant_as_a_parameter_is_named() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

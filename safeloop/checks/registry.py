@@ -81,6 +81,16 @@ FILES: dict[str, str] = {
     "SL422": "terms/hand_made.py",  # PenaltyWithoutGraph
     "SL423": "terms/hand_made.py",  # PenaltyThroughBatchNorm (warning)
     "SL424": "gradients/flow.py",  # TermAlwaysZero (warning)
+    "SL430": "penalties/declared.py",  # PenaltyNotDeclared
+    "SL431": "penalties/declared.py",  # PenaltyMisdeclared
+    "SL432": "penalties/point.py",  # PenaltyOfWrongShape
+    "SL433": "penalties/point.py",  # PenaltyPointNotReached
+    "SL434": "penalties/gradient.py",  # PenaltyWithoutGradient
+    "SL435": "penalties/second.py",  # OperationWithoutSecondDerivative
+    "SL436": "penalties/gradient.py",  # SamplesCoupled (warning)
+    "SL437": "penalties/gradient.py",  # SecondDerivativeVanishes
+    "SL438": "penalties/declared.py",  # PenaltyWithoutEffect (warning)
+    "SL439": "penalties/declared.py",  # DeclaredPenaltyMissing
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient

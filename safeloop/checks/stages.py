@@ -18,6 +18,7 @@ from safeloop.checks.gradients.history import History
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
+from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
 from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
 from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
@@ -66,6 +67,7 @@ _TERMS = (
     TermHasNoGradientPath,
     TermIgnoresTheModel,
     TermReachesWhatItDoesNotTrain,
+    OperationWithoutSecondDerivative,
 )
 _GRADIENTS = (TermIsNotFinite, NonFiniteGradient)
 

@@ -68,6 +68,12 @@ class TermsView:
     """term name -> the line that made it, on the steps that are looked at in depth"""
     cuts: Mapping[str, str] = field(default_factory=dict)
     """term name -> where its gradient path was cut, and by what"""
+    penalties: frozenset[str] = frozenset()
+    """terms whose section stands under `penalties:`"""
+
+    def section(self, term: str) -> str:
+        """The path of a term's section in the config."""
+        return f"{'penalties' if term in self.penalties else 'losses'}.{term}"
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,9 @@ from safeloop.config.inputs import InputPath
 from safeloop.optim.specs import Patterns
 from safeloop.signatures import Refusal, arguments, family, refusal
 from safeloop.target import TargetSpec
+from safeloop.weights import WeightRamp
 
 INPUTS: tuple[str, ...] = ("output", "batch.1")
-
-
-class WeightRamp(Component):
-    """A weight that moves in a straight line, and stays where it arrives."""
-
-    start: Float
-    """weight until step `begin`"""
-    end: Float
-    """weight from step `begin + steps` on"""
-    steps: Int = Field(ge=1)
-    """how many steps the way takes"""
-    begin: Int = Field(default=0, ge=0)
-    """step at which it sets out"""
-
-    def at(self, step: int) -> float:
-        """The weight on a step, counted from 0."""
-        way = min(max((step - self.begin) / self.steps, 0.0), 1.0)
-        return self.start + (self.end - self.start) * way
 
 
 class LossSection(Component):

@@ -23,6 +23,7 @@ from safeloop.config.combine import combine_problems
 from safeloop.config.errors import Problem
 from safeloop.config.losses import LOSSES, dry_construct_loss
 from safeloop.config.nodes import Node, Path, dotted, is_set, number
+from safeloop.config.penalties import penalty_problems, penalty_warnings
 from safeloop.config.training import training_problems
 from safeloop.faults import FaultError
 from safeloop.optim.specs import OPTIMIZERS, dry_construct
@@ -61,6 +62,7 @@ def problems_of(root: Node, allow: Collection[str], given: Collection[str]) -> I
     yield from _refused(root)
     yield from training_problems(root, given)
     yield from combine_problems(root)
+    yield from penalty_problems(root, given)
 
 
 def warnings_of(root: Node) -> Iterator[Problem]:
@@ -68,6 +70,7 @@ def warnings_of(root: Node) -> Iterator[Problem]:
     steps = root.find(("run", "max_steps"))
     if steps is not None and number(steps) == 0:
         yield _suspicious(steps, ("run", "max_steps"), "0: nothing is trained", "write the number of steps")
+    yield from penalty_warnings(root)
     for path, node in root.walk():
         if path[:1] == ("optimizers",) and path[-1] == "lr" and _is_own(path):
             value = number(node)

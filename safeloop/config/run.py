@@ -19,6 +19,7 @@ from safeloop.data.config import DataConfig
 from safeloop.optim.averaging import AnyAverage
 from safeloop.optim.combining import AnyCombine
 from safeloop.optim.specs import AnyOptimizer
+from safeloop.penalties.union import AnyPenalty
 from safeloop.sinks.union import SinkName, SinkSpec
 from safeloop.target import TargetSpec, resolve_target
 
@@ -184,7 +185,7 @@ class PhaseSection(Component):
     every: Int | None = Field(None, ge=1)
     """runs on the steps that this divides; null: what `@phase` says"""
     losses: tuple[str, ...] | None = Field(None, min_length=1)
-    """config-only runs: names of the losses that it computes"""
+    """config-only runs: names of the losses and penalties that it computes"""
 
 
 class EvaluateSection(Component):
@@ -237,6 +238,8 @@ class RunConfig(Component):
     """patterns of parameters that nobody trains"""
     losses: dict[TermName, AnyLoss] = Field(default_factory=dict)
     """loss terms by name"""
+    penalties: dict[TermName, AnyPenalty] = Field(default_factory=dict)
+    """loss terms that are made of gradients, by name"""
     metrics: dict[TermName, MetricSection] = Field(default_factory=dict)
     """metrics by name, for runs without a Trainer subclass"""
     phases: dict[PhaseName, PhaseSection] = Field(default_factory=dict)

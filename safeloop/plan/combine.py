@@ -20,8 +20,10 @@ class CombinedBackward(Backward):
     @property
     def note(self) -> str:
         if self.at == "cut":
-            return f"{self.rule} of the terms' gradients at the features that they share{self.measuring}"
-        return f"a pass for each term, {self.rule} of their gradients"
+            return (
+                f"{self.rule} of the terms' gradients at the features that they share{self.penalties}{self.measuring}"
+            )
+        return f"a pass for each term, {self.rule} of their gradients{self.penalties}"
 
     @property
     def why(self) -> str:

@@ -35,9 +35,26 @@ class Term(NamedTuple):
 
     name: str
     weight: float = 1.0
+    order: int = 1
+    """derivatives that training it takes: 2 for a penalty, which is made of gradients"""
+    every: int = 1
+    """a penalty: computed on the steps that this divides, and multiplied by it"""
+    formula: str = ""
+    """a penalty: what it is"""
+
+    @property
+    def note(self) -> str:
+        """What a reader should know of a penalty; empty for a plain term."""
+        if self.order == 1:
+            return ""
+        lazy = f" every {self.every} steps, times {self.every}" if self.every > 1 else ""
+        return f"{self.name} is {_ORDERS[self.order]} order{lazy}"
 
     def __str__(self) -> str:
         return self.name if self.weight == 1.0 else f"{self.weight:g} {self.name}"
+
+
+_ORDERS = {2: "second", 3: "third"}
 
 
 def facts(kind: str, *subjects: str) -> frozenset[Fact]:

@@ -61,7 +61,8 @@ class Forward(Node):
 
     @property
     def note(self) -> str:
-        return "and what else losses() returns, with weight 1" if self.is_open else ""
+        penalties = [f"{term.name} = {term.formula}" for term in self.terms if term.formula]
+        return "; ".join([*penalties, *(["and what else losses() returns, with weight 1"] if self.is_open else [])])
 
     @property
     def why(self) -> str:
@@ -99,7 +100,12 @@ class Backward(Node):
 
     @property
     def note(self) -> str:
-        return f"one pass, graph freed{self.measuring}"
+        return f"one pass, graph freed{self.penalties}{self.measuring}"
+
+    @property
+    def penalties(self) -> str:
+        """Which terms are made of gradients, as part of a note."""
+        return "".join(f"; {term.note}" for term in self.terms if term.note)
 
     @property
     def measuring(self) -> str:

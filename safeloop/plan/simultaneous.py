@@ -24,7 +24,7 @@ class SeparateBackward(Backward):
 
     @property
     def note(self) -> str:
-        return f"a pass each, graph kept where a later pass needs it{self.measuring}"
+        return f"a pass each, graph kept where a later pass needs it{self.penalties}{self.measuring}"
 
     @property
     def why(self) -> str:

@@ -165,7 +165,8 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             reader.weigh(frame.report.step)
         given, is_first = returned, frame.report.step == 0
         if has_special or any(map(callable, returned.values())):
-            returned = reader.due(returned, frame.report.step)
+            returned = reader.due(returned, frame.report.step, is_audited=frame.is_audited)
+            observer.faults(reader.penalties.taken(), frame.report.step)
         is_plain = reader.read(returned, frame) and bool(given)
         if (not is_plain or frame.is_audited) and (returned or not given):  # terms that are not due are no mistake
             evidence = observer.evidence(returned) if frame.is_audited else None

@@ -141,7 +141,8 @@ class Operations:
 
     def _read(self, terms: Mapping[str, Any], frame: Frame) -> None:
         step = self._report.step
-        returned = self._reader.due(terms, step)
+        returned = self._reader.due(terms, step, is_audited=self._is_audited)
+        self._parts.observer.faults(self._reader.penalties.taken(), step)
         is_plain = self._reader.read(returned, frame)
         if not is_plain or self._is_audited:
             self._parts.observer.faults(self._reader.faults(returned, is_first=False), step)

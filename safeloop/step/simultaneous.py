@@ -17,6 +17,7 @@ from safeloop.step.report import Frame
 
 if TYPE_CHECKING:
     from safeloop.step.bind import Parts
+    from safeloop.step.terms import TermRules
 
 
 def bind_separate(
@@ -28,6 +29,7 @@ def bind_separate(
     inputs = {
         term.name: [p for name, p in owned.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
         for term, patterns in zip(node.terms, node.trains, strict=True)
+        if patterns
     }
 
     measure = None if parts.exact_every is None else exact_norms(inputs.__getitem__, parts.exact_every, scale)
@@ -37,10 +39,10 @@ def bind_separate(
             raise TermWithoutTrains.error(
                 f"loss term `{strangers[0]}` declares no `trains`, and the step is simultaneous",
                 where=rules.source,
-                fix=f"set `losses.{strangers[0]}.trains` to the patterns of the parameters that it trains",
+                fix=f"set `{rules.section(strangers[0])}.trains` to the patterns of the parameters that it trains",
             )
         if frame.is_audited:
-            _check_reach(frame, inputs, rules.source)
+            _check_reach(frame, inputs, rules)
         seeds = frame.seeds if scale is None else scale.scaled(frame.seeds)
         flags = retain_flags(frame.roots, range(len(frame.roots)))
         try:
@@ -56,18 +58,18 @@ def bind_separate(
     return backward
 
 
-def _check_reach(frame: Frame, inputs: dict[str, list[torch.nn.Parameter]], source: str) -> None:
+def _check_reach(frame: Frame, inputs: dict[str, list[torch.nn.Parameter]], rules: TermRules) -> None:
     for name, root in zip(frame.root_names, frame.roots, strict=True):
         found = reach(root)
         if not found.is_complete:
             raise TermReachesNothingItTrains.error(
                 f"the graph of loss term `{name}` runs through a re-entrant checkpoint, which cannot be confined",
-                where=source,
+                where=rules.source,
                 fix="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
             )
         if not any(parameter in found.leaves for parameter in inputs[name]):
             raise TermReachesNothingItTrains.error(
                 f"loss term `{name}` reaches none of the {len(inputs[name])} parameters that it trains",
-                where=source,
-                fix=f"correct `losses.{name}.trains`, or look for a detach() between them and the term",
+                where=rules.source,
+                fix=f"correct `{rules.section(name)}.trains`, or look for a detach() between them and the term",
             )

@@ -14,6 +14,8 @@ from safeloop.checks.stages import term_faults
 from safeloop.checks.terms.values import TermIsNotATensor
 from safeloop.checks.views import TermsView
 from safeloop.faults import Fault, FaultError
+from safeloop.penalties.request import Request
+from safeloop.step.penalties import PenaltyReader, PenaltyRules
 from safeloop.step.report import Frame
 
 
@@ -35,6 +37,12 @@ class TermRules:
     """term -> it counts only on the steps that this divides"""
     schedules: Mapping[str, WeightSchedule] = field(default_factory=dict)
     """term -> its weight as a function of the step"""
+    penalties: PenaltyRules = field(default_factory=PenaltyRules)
+    """what the config says of penalties"""
+
+    def section(self, term: str) -> str:
+        """The path of a term's section in the config."""
+        return f"{'penalties' if term in self.penalties.sections else 'losses'}.{term}"
 
     def view(self, returned: Mapping[str, Any], *, is_first: bool) -> TermsView:
         """What the term checks look at; a declared term can only be missed on the first step."""
@@ -47,6 +55,7 @@ class TermRules:
             owned=self.owned,
             trains=self.trains,
             source=self.source,
+            penalties=frozenset(self.penalties.sections),
         )
 
 
@@ -74,15 +83,22 @@ class TermReader:
 
     def __init__(self, rules: TermRules) -> None:
         self.rules = rules
+        self.penalties = PenaltyReader(rules.penalties, rules.source)
         self._weights = rules.weights
         self._seeds: dict[str, Tensor] = {}
         self._owned = {id(rules.parameters[name]) for name in rules.owned if name in rules.parameters}
 
-    def due(self, returned: Mapping[str, Any], step: int) -> Mapping[str, Any]:
-        """The terms that count on this step, deferred ones computed now, in their order."""
-        every = self.rules.every
-        due = {name: term for name, term in returned.items() if step % every.get(name, 1) == 0}
-        return {name: term() if _is_deferred(term) else term for name, term in due.items()}
+    def due(self, returned: Mapping[str, Any], step: int, *, is_audited: bool = False) -> Mapping[str, Any]:
+        """The terms that count on this step, deferred ones and penalties computed now, in their order."""
+        every, due = self.rules.every, {}
+        for name, term in returned.items():
+            if isinstance(term, Request):
+                value = self.penalties.value(name, term, step, returned, is_audited=is_audited)
+                if value is not None:
+                    due[name] = value
+            elif step % every.get(name, 1) == 0:
+                due[name] = term() if _is_deferred(term) else term
+        return due
 
     def weigh(self, step: int) -> None:
         """Set the weights that follow a schedule."""
@@ -124,14 +140,15 @@ class TermReader:
     @property
     def has_special(self) -> bool:
         """Whether some term is not due on every step or has a weight that changes."""
-        return bool(self.rules.every or self.rules.schedules)
+        return bool(self.rules.every or self.rules.schedules or self.rules.penalties.sections)
 
     def faults(self, returned: Mapping[str, Any], *, is_first: bool, evidence: Evidence | None = None) -> list[Fault]:
         """What the term checks say of these terms, most specific first; `evidence` is what a tape has seen of them."""
         view = self.rules.view(returned, is_first=is_first)
         if evidence is not None:
             view = replace(view, made=evidence.made, cuts=evidence.cuts)
-        return term_faults(view)
+        missing = self.penalties.missing() if is_first else []
+        return [*missing, *term_faults(view)]
 
     def _take(self, frame: Frame, name: str, root: Tensor, seed: Tensor, value: Tensor) -> None:
         frame.roots.append(root)

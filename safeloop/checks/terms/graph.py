@@ -230,7 +230,7 @@ class TermReachesWhatItDoesNotTrain(Check):
                 f"loss term `{term}` is declared to train {listed(patterns)} and also reaches {listed(names)}",
                 where=where(view, term),
                 why="a path from these parameters to the term is not cut: their optimizer would follow it",
-                fix=f"detach what comes from them, or add them to `losses.{term}.trains`",
+                fix=f"detach what comes from them, or add them to `{view.section(term)}.trains`",
                 names=names,
             )
 
@@ -240,7 +240,7 @@ class TermReachesWhatItDoesNotTrain(Check):
         trainable = {name: p for name, p in named.items() if p.requires_grad}
         if not found.leaves.isdisjoint(named.values()) or (trainable and not found.is_complete):
             return
-        path = f"`losses.{term}.trains`"
+        path = f"`{view.section(term)}.trains`"
         if not named:
             what = f"pattern `{pattern}` of {path} matches no parameter{suggestion(pattern, list(view.parameters))}"
             why, fix = "", f"correct `{pattern}`"

@@ -1,0 +1,1 @@
+"""Codes SL430 to SL444: penalties, before the backward pass."""
