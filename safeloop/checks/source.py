@@ -78,7 +78,7 @@ def user_frame(traceback: TracebackType | None) -> tuple[FrameType, Place] | Non
     for frame, line in frames(traceback):
         if is_user_code(frame):
             found = frame, line
-        elif _is_ours(frame):
+        elif _is_ours(frame) and frame.f_code.co_name != "__torch_function__":  # a tape stands below the user's line
             found = found if found is not None and _ran_below_safeloop(found[0]) else None
     if found is None:
         return None

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from safeloop.autograd.sites import code_name
 from safeloop.checks.penalties.gradient import PenaltyWithoutGradient, SecondDerivativeVanishes
 from safeloop.checks.penalties.point import PenaltyOfWrongShape, PenaltyPointNotReached
-from safeloop.checks.source import Place, code_name
+from safeloop.checks.source import Place
 from safeloop.faults import FaultError
 from safeloop.penalties.base import Penalty
 from safeloop.penalties.gradients import Field, NotReached, Vanished, widened

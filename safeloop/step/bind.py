@@ -139,9 +139,7 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
     reader, losses, observer = parts.readers[node.phase], parts.losses[node.phase], parts.observer
     precision, model, source = parts.precision, parts.model, reader.rules.source
     is_plain_format, phase = precision.format == "fp32", node.phase
-    has_special, attendance = reader.has_special, parts.attendance or Attendance([phase])
-    calls_roll, has_permitted = attendance.is_shared, bool(attendance.permitted)
-    wanted = {name: reader.rules.parameters[name] for name in reader.rules.owned}
+    read = _bind_read(phase, parts)
 
     def forward(frame: Frame) -> None:
         frame.phase, frame.source = phase, source
@@ -161,27 +159,45 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             raise no_mapping(returned, source)
         if frame.is_audited:
             observer.forwarded(frame.report.step)
-        if has_special:
-            reader.weigh(frame.report.step)
-        given, is_first = returned, frame.report.step == 0
-        if has_special or any(map(callable, returned.values())):
-            returned = reader.due(returned, frame.report.step, is_audited=frame.is_audited)
-            observer.faults(reader.penalties.taken(), frame.report.step)
-        is_plain = reader.read(returned, frame) and bool(given)
-        if (not is_plain or frame.is_audited) and (returned or not given):  # terms that are not due are no mistake
-            evidence = observer.evidence(returned) if frame.is_audited else None
-            observer.faults(reader.faults(returned, is_first=is_first, evidence=evidence), frame.report.step)
-        if not is_plain:
-            reader.read_unusual(returned, frame)
-        if calls_roll and is_first and frame.is_audited:
-            observer.faults(attendance.answer(phase, given, reader.rules), 0)
-        if has_permitted:
-            observer.faults(attendance.note(phase, returned, reader.rules, frame), frame.report.step)
-        if frame.is_audited:
-            roots = dict(zip(frame.root_names, frame.roots, strict=True))
-            observer.differentiating(frame.report.step, roots, wanted, source)
+        read(frame, returned)
 
     return forward
+
+
+def _bind_read(phase: str, parts: Parts) -> Callable[[Frame, Mapping[str, Any]], None]:
+    """How the returned terms of a phase become roots and seeds, with every check that they get."""
+    reader, observer = parts.readers[phase], parts.observer
+    has_special, attendance = reader.has_special, parts.attendance or Attendance([phase])
+    calls_roll, has_permitted = attendance.is_shared, bool(attendance.permitted)
+    wanted = {name: reader.rules.parameters[name] for name in reader.rules.owned}
+
+    def look(frame: Frame, given: Mapping[str, Any], returned: Mapping[str, Any]) -> None:
+        step, is_audited = frame.report.step, frame.is_audited
+        if returned or not given:  # terms that are not due are no mistake
+            evidence = observer.evidence(returned) if is_audited else None
+            observer.faults(reader.faults(returned, is_first=step == 0, evidence=evidence), step)
+        if calls_roll and step == 0 and is_audited:
+            observer.faults(attendance.answer(phase, given, reader.rules), 0)
+
+    def read(frame: Frame, given: Mapping[str, Any]) -> None:
+        step, returned = frame.report.step, given
+        if has_special:
+            reader.weigh(step)
+        if has_special or any(map(callable, given.values())):
+            returned = reader.due(given, step, is_audited=frame.is_audited)
+            observer.faults(reader.penalties.taken(), step)
+        is_plain = reader.read(returned, frame) and bool(given)
+        if not is_plain or frame.is_audited:
+            look(frame, given, returned)
+        if not is_plain:
+            reader.read_unusual(returned, frame)
+        if has_permitted:
+            observer.faults(attendance.note(phase, returned, reader.rules, frame), step)
+        if frame.is_audited:
+            roots = dict(zip(frame.root_names, frame.roots, strict=True))
+            observer.differentiating(step, roots, wanted, reader.rules.source)
+
+    return read
 
 
 def _bind_backward(node: Backward, parts: Parts) -> Operation:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from safeloop.autograd.sites import Site
 from safeloop.autograd.parameter_ledger import ParameterLedger
 from safeloop.autograd.recomputed import recomputed_leaves
 from safeloop.autograd.saved import SavedTensorGuard
+from safeloop.autograd.sites import Site
 from safeloop.autograd.writes import WriteLog
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from safeloop.autograd.sites import Site
 from safeloop.autograd.saved import SavedTensorGuard
+from safeloop.autograd.sites import Site
 from safeloop.autograd.writes import WriteLog
 
 

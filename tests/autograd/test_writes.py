@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from safeloop.autograd.sites import Site, code_site, user_code, user_site
 from safeloop.autograd.names import ParameterNames
+from safeloop.autograd.sites import Site, code_site, user_code, user_site
 from safeloop.autograd.writes import Write, WriteLog, storage_pointer
 
 PLACE = Site("net.py", 3, "f")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from safeloop.autograd.sites import Site
 from safeloop.autograd.parameter_ledger import ParameterLedger
 from safeloop.autograd.recomputed import recomputed_leaves
 from safeloop.autograd.saved import SavedTensorGuard
+from safeloop.autograd.sites import Site
 from safeloop.autograd.writes import WriteLog
 from safeloop.checks.explain import page
 from safeloop.checks.graph.torch_errors import translate
