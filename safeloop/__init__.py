@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safeloop import autograd as autograd
     from safeloop.audit import audit as audit
     from safeloop.evaluation import needs_grad as needs_grad
     from safeloop.faults import Fault as Fault
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "needs_grad", "phase"]
+__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "autograd", "needs_grad", "phase"]
 
 _HOMES = {
     "Fault": "safeloop.faults",
@@ -35,6 +36,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "autograd":  # a module, whose names are loaded when they are first used
+        return import_module("safeloop.autograd")
     if name not in _HOMES:
         raise AttributeError(f"module 'safeloop' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -43,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(globals().keys() | _HOMES.keys())
+    return sorted(globals().keys() | _HOMES.keys() | {"autograd"})
 
 
 class _Package(ModuleType):

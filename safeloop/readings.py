@@ -177,4 +177,5 @@ def _module_norms(report: StepReport) -> tuple[list[str], Tensor | None]:
     order = {module: index for index, module in enumerate(dict.fromkeys(modules))}
     each = torch.cat([norms.float() for norms in report.each_norm.values()])
     index = torch.tensor([order[module] for module in modules], device=each.device)
-    return list(order), torch.zeros(len(order), device=each.device).index_add_(0, index, each.square()).sqrt()
+    zeros = torch.zeros(len(order), dtype=torch.float32, device=each.device)  # whatever the default dtype is
+    return list(order), zeros.index_add_(0, index, each.square()).sqrt()
