@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safeloop import autograd as autograd
     from safeloop.audit import audit as audit
+    from safeloop.derivatives import derivatives as derivatives
     from safeloop.evaluation import needs_grad as needs_grad
     from safeloop.faults import Fault as Fault
     from safeloop.faults import FaultError as FaultError
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Fault", "FaultError", "RunResult", "Trainer", "__version__", "audit", "autograd", "needs_grad", "phase"]
+__all__ = [
+    "Fault",
+    "FaultError",
+    "RunResult",
+    "Trainer",
+    "__version__",
+    "audit",
+    "autograd",
+    "derivatives",
+    "needs_grad",
+    "phase",
+]
 
 _HOMES = {
     "Fault": "safeloop.faults",
@@ -30,6 +42,7 @@ _HOMES = {
     "RunResult": "safeloop.trainer",
     "Trainer": "safeloop.trainer",
     "audit": "safeloop.audit",
+    "derivatives": "safeloop.derivatives",
     "needs_grad": "safeloop.evaluation",
     "phase": "safeloop.phases",
 }

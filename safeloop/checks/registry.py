@@ -63,6 +63,8 @@ FILES: dict[str, str] = {
     "SL411": "terms/simultaneous.py",  # TermWithoutTrains
     "SL412": "terms/simultaneous.py",  # TermReachesNothingItTrains
     "SL413": "terms/phases.py",  # PhaseReachesNothing
+    "SL445": "terms/derivatives.py",  # DerivativeVanishes
+    "SL446": "terms/derivatives.py",  # NothingToDerive
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     # SL6: update, optimizer and schedule
