@@ -30,7 +30,7 @@ from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
-from safeloop.stream import Stream
+from safeloop.stream import EpochsSince, Stream
 
 if TYPE_CHECKING:
     from safeloop.config import Loaded
@@ -55,20 +55,25 @@ class Assembly:
     readers: Mapping[str, TermReader]
     precision: Precision
     keeper: BufferKeeper | None
-    weights: Mapping[str, float]
+    weights: dict[str, float]
     """loss term -> its present weight"""
+    epochs: EpochsSince
+    """epochs that ended since its schedules began"""
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
 
-def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> Assembly:
+def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, after: Assembly | None = None) -> Assembly:
     """Check who owns what, build the owners and the plan, bind it.
+
+    `after` is the first stage of a run in stages: what goes on from stage to stage is taken from it.
 
     Raises:
         FaultError: SL1, SL2 and SL6, whatever the config, the model and its owners get wrong.
     """
     config, model = given.config, given.model
-    stream = Stream(given.data, Mover(device), given.count, config.run.max_epochs)
+    stream = after.stream if after else Stream(given.data, Mover(device), given.count, config.run.max_epochs)
+    epochs = EpochsSince(stream)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         probe(given, stream)
     ownership = _ownership(given)
@@ -87,13 +92,13 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
             "`accumulate.weight_by` is `tokens`, and the Trainer has no `count_tokens`",
             fix="override `count_tokens(self, batch)`, or set `accumulate.weight_by: samples`",
         )
-    precision = Precision(config.run.precision, device)
+    precision = after.precision if after else Precision(config.run.precision, device)
     gate = _gate(config, owners, device, precision)
     plan = draft_plan(given, owners, ownership, gate, precision)
     if given.custom is not None:
         plan = custom_plan(plan, tuple(owners))
-    average = None if config.average is None else Average(config.average, model)
-    weights = first_weights(config)
+    average = after.average if after else None if config.average is None else Average(config.average, model)
+    weights = after.weights if after else first_weights(config)
     readers = {phase.name: TermReader(_rules(given, phase, owners, weights)) for phase in given.phases}
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
@@ -109,7 +114,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         "loss_at_cut" in config.log.grad_norms,
         shares_by(given),
         average,
-        stream.count_epochs,
+        epochs,
         exact_every=exact_every(config),
         keeper=keeper,
         has_declared_phases=all(phase.trains is not None for phase in given.phases),
@@ -119,7 +124,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     )
     program = Program(plan, parts)
     return Assembly(
-        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, average
+        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, epochs, average
     )
 
 
@@ -161,7 +166,7 @@ def _located(fault: Fault, loaded: Loaded) -> Fault:
     """The fault with file, line and column, where it is about a value of the config."""
     path = fault.where.strip("`")
     place = loaded.where(path)
-    return replace(fault, where=f"{place} ({path})") if place else fault
+    return replace(fault, where=f"{place} ({loaded.whole(path)})") if place else fault
 
 
 def _owners(given: Ingredients, ownership: Ownership) -> dict[str, Owner]:

@@ -66,7 +66,7 @@ class Derivatives:
             return [torch.zeros_like(lower)] * len(self._names)
         with torch.enable_grad():
             try:
-                found = torch.autograd.grad(
+                found: Sequence[Tensor | None] = torch.autograd.grad(
                     lower, self._coordinates, torch.ones_like(lower), create_graph=True, allow_unused=True
                 )
             except RuntimeError as error:

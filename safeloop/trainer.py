@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safeloop.accumulation import AccumulationReport, compare_accumulation
-from safeloop.assembly import Assembly, assemble, probe
+from safeloop.assembly import Assembly, probe
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
 from safeloop.checks.config.run import LossAndLosses, NoLoss
@@ -37,8 +37,10 @@ from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.methods import phase_methods
 from safeloop.phases import phases_of
 from safeloop.plan import Node, StepPlan
+from safeloop.plan.stages import StagedPlan
 from safeloop.recorder import Recorder
 from safeloop.seeds import seed_everything
+from safeloop.staging import Stage, assemble_stages, run_plan
 from safeloop.step import run_step
 from safeloop.step.compiling import compile_model
 from safeloop.step.custom import Operations, custom_plan, refuse_accumulation
@@ -127,6 +129,8 @@ class Trainer:
         if self._is_custom:
             refuse_accumulation(self.config.accumulate.micro_batches)
         self._assembly: Assembly | None = None
+        self._stages: tuple[Stage, ...] = ()
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._record: list[Node] | None = None
 
     @property
@@ -177,11 +181,13 @@ class Trainer:
         """How many tokens a micro-batch holds; override it for `accumulate.weight_by: tokens`."""
         return self.count(batch)
 
-    def plan(self) -> StepPlan:
-        """The step plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
+    def plan(self) -> StepPlan | StagedPlan:
+        """The plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
         self.check()
-        plan = self._assembled().plan
-        return plan if self._record is None else custom_plan(plan, tuple(self._assembled().owners), self._record)
+        plan = run_plan(self._stages)
+        if self._record is None or isinstance(plan, StagedPlan):
+            return plan
+        return custom_plan(plan, tuple(self._assembled().owners), self._record)
 
     def check(self) -> list[Fault]:
         """Set up, run one forward on the first micro-batch, and check its terms; nothing is trained.
@@ -223,11 +229,10 @@ class Trainer:
         if (backend := self.config.run.compile_backend) is not None:
             compile_model(self.model, backend, lambda: self._probe(assembly))
         seed_everything(self.config.run.seed)
-        recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
+        recorder = Recorder(self.loaded, self._stages, self.model, self._ledger)
         outcome = "failed"
-        metrics: dict[str, float] = {}
         try:
-            outcome, metrics = self._loop(assembly, recorder)
+            outcome = self._train(recorder)
         except FaultError as error:
             self._ledger.raised(error, self.step)
             raise
@@ -236,24 +241,39 @@ class Trainer:
             raise
         finally:
             with suppress(FaultError):  # what ended the run is on its way to the user already
-                assembly.gate.finish()
+                self._assembled().gate.finish()
             recorder.close(outcome, self.step)
         losses = {tag.removeprefix("loss/"): v for tag, v in recorder.last.items() if tag.startswith("loss/")}
         seconds = time.perf_counter() - started
+        metrics = self._evaluated[1]
         return RunResult(self.step, self.epoch, metrics, losses, self.faults, recorder.dir, outcome, seconds)
 
-    def _loop(self, run: Assembly, recorder: Recorder) -> tuple[str, dict[str, float]]:
-        every, max_steps = self.config.log.every, self.config.run.max_steps
-        evaluator, evaluate_every = self._evaluator, self.config.evaluate.every
+    def _train(self, recorder: Recorder) -> str:
+        """One stage after the other, and a last evaluation; how it ended."""
+        for stage in self._stages:
+            self._assembly = stage.assembly
+            stage.begin()
+            recorder.enter(stage)
+            if not self._loop(stage.assembly, stage.end, recorder):
+                break
+            if stage is not self._stages[-1]:
+                stage.let_go()
+        if self._evaluator is not None and self._evaluated[0] != self.step:
+            self._evaluated = self.step, self._evaluator(self._assembled(), recorder)
+        return self._outcome()
+
+    def _loop(self, run: Assembly, end: int | None, recorder: Recorder) -> bool:
+        """The steps of a stage; False where the data ended before it."""
+        every, evaluator, evaluate_every = self.config.log.every, self._evaluator, self.config.evaluate.every
         program, stream, readings = run.program, run.stream, recorder.readings
-        metrics: dict[str, float] = {}
-        last_evaluated = -1
+        is_whole = True
         readings.resume(stream.num_samples)
-        while max_steps is None or self.step < max_steps:
-            is_due = (self.step + 1) % every == 0 or self.step + 1 == max_steps
+        while end is None or self.step < end:
+            is_due = (self.step + 1) % every == 0 or self.step + 1 == end
             try:
                 report = run_step(program, stream, self.step, wants_modules=is_due)
             except DataEnded:
+                is_whole = False
                 break
             readings.add(report)
             self.step += 1
@@ -265,7 +285,7 @@ class Trainer:
             if is_due:
                 recorder.log(report, stream.epoch)
             if evaluator is not None and wants_metrics:
-                metrics, last_evaluated = evaluator(run, recorder), self.step
+                self._evaluated = self.step, evaluator(run, recorder)
             readings.resume(stream.num_samples)
         try:
             run.gate.finish()
@@ -273,12 +293,10 @@ class Trainer:
             if run.keeper is not None:
                 run.keeper.restore(turns=1)
             raise
-        if evaluator is not None and last_evaluated != self.step:
-            metrics = evaluator(run, recorder)
-        return self._outcome(), metrics
+        return is_whole
 
     def _outcome(self) -> str:
-        max_steps = self.config.run.max_steps
+        max_steps = self.config.max_steps
         if self.config.average is not None and self.averaged_model is None and self.step:
             self._ledger.add([_never_averaged(self.step)], self.step)
         if max_steps is None or self.step >= max_steps:
@@ -296,7 +314,8 @@ class Trainer:
             if not self.model.training:
                 self.model.train()
             self.model.to(self.device)
-            self._assembly = assemble(self._ingredients(), self.device, self._ledger)
+            self._stages = assemble_stages(self._ingredients(), self.device, self._ledger)
+            self._assembly = self._stages[0].assembly
         return self._assembly
 
     def _no_loss(self) -> FaultError:
@@ -343,7 +362,7 @@ class Trainer:
             return None
         has_metrics = self._overrides("metrics") or bool(self._metrics.functions)
         wants_loss = self.config.evaluate.loss
-        watched = {getattr(spec.scheduler, "metric", None) for spec in (self.config.optimizers or {}).values()}
+        watched = {getattr(spec.scheduler, "metric", None) for spec in self.config.all_optimizers}
         if wants_loss is None:
             wants_loss = not self._is_custom and (not has_metrics or "loss/eval" in watched)
         return Evaluator(self, data, has_metrics=has_metrics, losses=self._all_losses if wants_loss else None)

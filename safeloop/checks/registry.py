@@ -84,6 +84,7 @@ FILES: dict[str, str] = {
     "SL620": "update/combine.py",  # TermsShareNoFeatures
     "SL621": "update/combine.py",  # CombinationFailed
     "SL622": "update/combine.py",  # TermsInseparable
+    "SL625": "config/stages.py",  # StagesRefused
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     # SL85: data and environment

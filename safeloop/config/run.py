@@ -80,6 +80,10 @@ Optimizers = Annotated[
     dict[OptimizerName, AnyOptimizer] | None,
     BeforeValidator(_named, json_schema_input_type=AnyOptimizer | dict[OptimizerName, AnyOptimizer] | None),
 ]
+RequiredOptimizers = Annotated[
+    dict[OptimizerName, AnyOptimizer],
+    BeforeValidator(_named, json_schema_input_type=AnyOptimizer | dict[OptimizerName, AnyOptimizer]),
+]
 Sink = Annotated[SinkSpec, BeforeValidator(_sink, json_schema_input_type=SinkName | SinkSpec)]
 
 
@@ -183,6 +187,18 @@ class PhaseSection(Component):
     """config-only runs: names of the losses that it computes"""
 
 
+class StageSection(Component):
+    """A part of the run with optimizers of its own, whose states and schedules start when it starts.
+
+    Steps, epochs, data, logs, evaluations and the average go on from the stage before.
+    """
+
+    max_steps: Int = Field(ge=1, lt=2**63)
+    """how many steps it lasts"""
+    optimizers: RequiredOptimizers
+    """one optimizer (a section with `type`, then named `main`), or several by name"""
+
+
 class EvaluateSection(Component):
     """When the evaluation data is evaluated."""
 
@@ -229,6 +245,8 @@ class RunConfig(Component):
     """training and evaluation data"""
     optimizers: Optimizers = None
     """one optimizer (a section with `type`, then named `main`), or several by name"""
+    stages: dict[PhaseName, StageSection] = Field(default_factory=dict)
+    """parts of the run in order, each with optimizers of its own, in place of `optimizers`"""
     frozen: tuple[str, ...] = ()
     """patterns of parameters that nobody trains"""
     losses: dict[TermName, AnyLoss] = Field(default_factory=dict)
@@ -253,3 +271,15 @@ class RunConfig(Component):
     """when to evaluate"""
     log: LogSection = LogSection()
     """what is recorded"""
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps at most: of the run, or of its stages together, whichever ends first; None: no limit."""
+        of_stages = [sum(stage.max_steps for stage in self.stages.values())] if self.stages else []
+        return min([*of_stages, *([] if self.run.max_steps is None else [self.run.max_steps])], default=None)
+
+    @property
+    def all_optimizers(self) -> tuple[AnyOptimizer, ...]:
+        """The specs of every stage, or of the run."""
+        sections = [stage.optimizers for stage in self.stages.values()] if self.stages else [self.optimizers or {}]
+        return tuple(spec for section in sections for spec in section.values())
