@@ -25,11 +25,12 @@ from safeloop.optim.averaging import Average
 from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
 from safeloop.plan import StepPlan
-from safeloop.refusals import closure_faults, refuse_epochs, untrained
+from safeloop.refusals import closure_faults, refuse_epochs, untrained, watched_modules
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
+from safeloop.step.watch import Watch
 from safeloop.stream import EpochsSince, Stream
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Assembly:
     """loss term -> its present weight"""
     epochs: EpochsSince
     """epochs that ended since its schedules began"""
+    watch: Watch
+    """measures gradients inside the forward"""
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
@@ -92,6 +95,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
             "`accumulate.weight_by` is `tokens`, and the Trainer has no `count_tokens`",
             fix="override `count_tokens(self, batch)`, or set `accumulate.weight_by: samples`",
         )
+    watch_modules = watched_modules(given)
     precision = after.precision if after else Precision(config.run.precision, device)
     gate = _gate(config, owners, device, precision)
     plan = draft_plan(given, owners, ownership, gate, precision)
@@ -103,6 +107,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
     observer = StepAudit(config.audit.level, ledger, model, ownership)
     losses = {phase.name: phase.losses for phase in given.phases}
     keeper = None if given.custom is not None else BufferKeeper(model, depth=2 if gate.is_deferred else 1)
+    watch = Watch(watch_modules, precision.scale)
     parts = Parts(
         model,
         losses,
@@ -117,6 +122,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
         epochs,
         exact_every=exact_every(config),
         keeper=keeper,
+        watch=watch,
         has_declared_phases=all(phase.trains is not None for phase in given.phases),
         custom=given.custom,
         combine=config.combine,
@@ -124,7 +130,20 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
     )
     program = Program(plan, parts)
     return Assembly(
-        device, stream, owners, ownership, plan, program, gate, readers, precision, keeper, weights, epochs, average
+        device,
+        stream,
+        owners,
+        ownership,
+        plan,
+        program,
+        gate,
+        readers,
+        precision,
+        keeper,
+        weights,
+        epochs,
+        watch,
+        average,
     )
 
 

@@ -57,7 +57,11 @@ def draft_plan(
             exact_every(given.config),
             None if given.config.combine is None else (str(given.config.combine), given.config.combine.at),
         ),
-        parameters=[*_parameter_lines(given.model, owners, ownership), *_compile_lines(given)],
+        parameters=[
+            *_parameter_lines(given.model, owners, ownership),
+            *_compile_lines(given),
+            *_curvature_lines(given),
+        ],
     )
 
 
@@ -88,6 +92,15 @@ def _parameter_lines(model: nn.Module, owners: Mapping[str, Owner], ownership: O
 def _compile_lines(given: Ingredients) -> list[str]:
     backend = given.config.run.compile_backend
     return [] if backend is None else [f"compiled with {backend}, in place: {_few(list(compiled_parts(given.model)))}"]
+
+
+def _curvature_lines(given: Ingredients) -> list[str]:
+    """What the readings cost, for the printed plan."""
+    section = given.config.log.curvature
+    if section is None:
+        return []
+    gradients = 2 + 2 * section.products * len(section.of)
+    return [f"curvature: {', '.join(section.of)} every {section.every} steps, about {gradients} gradients each time"]
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:

@@ -83,11 +83,14 @@ class Readings:
             if self.owners[name].clipping is not None:
                 readings[f"grad/{name}/clip_fraction"] = tally.clipped / max(1, self._steps)
         readings |= {f"grad/{name}/post_clip": norm for name, norm in report.clipped_norms.items()}
+        readings |= {f"watch/{name}": one.square.sqrt() for name, one in report.watched.items()}
         readings |= _geometry(report) | {f"loss_grad_exact/{name}": norm for name, norm in self._exact.items()}
         modules, norms = _module_norms(report) if "module" in self.kinds else ([], None)
         numbers, module_numbers = _to_host(readings, norms)
         scalars = self._losses(numbers, report) | self._gradients(numbers) | self._rates() | self._pace()
-        scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad", "loss_cos/"))}
+        scalars |= {
+            tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad", "loss_cos/", "watch/"))
+        }
         scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
         scalars |= {f"safety/inactive/{name}": count / self._steps for name, count in self._inactive.items()}
         scalars["safety/skipped_total"] = float(self.skipped_total)

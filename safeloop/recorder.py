@@ -55,9 +55,9 @@ class Recorder:
         """Tell the sinks that show progress that a step is done."""
         self._fanout.progress(step, {})
 
-    def log(self, report: StepReport, epoch: int) -> None:
-        """Write the readings since the last log."""
-        scalars = self.readings.take(report)
+    def log(self, report: StepReport, epoch: int, more: Mapping[str, float]) -> None:
+        """Write the readings since the last log, and `more`."""
+        scalars = self.readings.take(report) | dict(more)
         scalars["safety/faults_total"] = float(len(self._ledger.faults))
         self.last = scalars
         self._fanout.write(Record(report.step + 1, "train", scalars, epoch, time.time()))

@@ -26,6 +26,7 @@ from safeloop.checks.terms.kinds import TermIsNotFinite
 from safeloop.checks.update.custom import CustomStepRefused
 from safeloop.checks.views import GradientsView
 from safeloop.config import Loaded, load
+from safeloop.curvature import CurvatureReadings
 from safeloop.data.count import count
 from safeloop.data.move import resolve_device
 from safeloop.data.source import Source
@@ -130,6 +131,7 @@ class Trainer:
             refuse_accumulation(self.config.accumulate.micro_batches)
         self._assembly: Assembly | None = None
         self._stages: tuple[Stage, ...] = ()
+        self._curvature: CurvatureReadings | None = None
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._record: list[Node] | None = None
 
@@ -172,6 +174,19 @@ class Trainer:
         with `update`, `compute` and `reset` is used as it is.
         """
         return self._metrics(batch)
+
+    def watch(self, name: str, tensor: Tensor) -> Tensor:
+        """Log the norm of a loss's gradient at a tensor of the forward, as `watch/<name>`; call it in a loss function.
+
+        Only on the steps that log is a hook set; it holds no tensor and goes with the graph. Several tensors of one
+        name count as one vector.
+
+        Returns:
+            The tensor, as it was given.
+        """
+        if self._assembly is not None:
+            self._assembly.watch.tensor(name, tensor)
+        return tensor
 
     def count(self, batch: Any) -> int:
         """How many samples a micro-batch holds: the leading dimension of its first tensor."""
@@ -229,6 +244,8 @@ class Trainer:
         if (backend := self.config.run.compile_backend) is not None:
             compile_model(self.model, backend, lambda: self._probe(assembly))
         seed_everything(self.config.run.seed)
+        if self.config.log.curvature is not None:
+            self._curvature = CurvatureReadings(self._ingredients(), assembly.stream.peek(), self._ledger)
         recorder = Recorder(self.loaded, self._stages, self.model, self._ledger)
         outcome = "failed"
         try:
@@ -265,7 +282,7 @@ class Trainer:
     def _loop(self, run: Assembly, end: int | None, recorder: Recorder) -> bool:
         """The steps of a stage; False where the data ended before it."""
         every, evaluator, evaluate_every = self.config.log.every, self._evaluator, self.config.evaluate.every
-        program, stream, readings = run.program, run.stream, recorder.readings
+        program, stream, readings, curvature = run.program, run.stream, recorder.readings, self._curvature
         is_whole = True
         readings.resume(stream.num_samples)
         while end is None or self.step < end:
@@ -283,7 +300,7 @@ class Trainer:
                 continue
             readings.pause(stream.num_samples)
             if is_due:
-                recorder.log(report, stream.epoch)
+                recorder.log(report, stream.epoch, curvature.at(self.step, run) if curvature else {})
             if evaluator is not None and wants_metrics:
                 self._evaluated = self.step, evaluator(run, recorder)
             readings.resume(stream.num_samples)

@@ -65,6 +65,8 @@ FILES: dict[str, str] = {
     "SL413": "terms/phases.py",  # PhaseReachesNothing
     "SL445": "terms/derivatives.py",  # DerivativeVanishes
     "SL446": "terms/derivatives.py",  # NothingToDerive
+    "SL447": "setup/watch.py",  # WatchRefused
+    "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     # SL6: update, optimizer and schedule

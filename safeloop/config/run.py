@@ -219,6 +219,23 @@ class ExactNormsSection(Component):
     """steps between two measurements; a multiple of `log.every` leaves none unwritten"""
 
 
+class CurvatureSection(Component):
+    """Readings of the Hessian of each phase's loss: `curvature/<phase>/<reading>`.
+
+    They are taken at the logs that come every `every` steps, on the first micro-batch of the run and with the same
+    random numbers each time: they compare weights, not data. Cost of each: a forward and a backward pass that records
+    itself, then about two gradients for each of `products` products, and as many directions in memory for the
+    eigenvalue.
+    """
+
+    every: Int = Field(ge=1)
+    """steps between two readings; they wait for the next log"""
+    of: tuple[Literal["top_eigenvalue", "trace"], ...] = Field(default=("top_eigenvalue", "trace"), min_length=1)
+    """top_eigenvalue: the largest, by Lanczos; above 2 / lr, plain gradient descent is unstable. trace: Hutchinson's"""
+    products: Int = Field(default=10, ge=1)
+    """Hessian-vector products for each reading: more are more exact"""
+
+
 class LogSection(Component):
     """What is written down, how often and where."""
 
@@ -228,6 +245,10 @@ class LogSection(Component):
     """gradient norms: of everything, per optimizer, per module, per loss term at the features that terms share"""
     exact_term_norms: ExactNormsSection | None = None
     """gradient norms per loss term over all parameters, exact: about one backward pass per term; null: none"""
+    watch: tuple[str, ...] = ()
+    """patterns of modules: the gradient norm at their outputs is logged as `watch/<module>`, on the steps that log"""
+    curvature: CurvatureSection | None = None
+    """readings of the loss's Hessian, on a schedule; null: none"""
     sinks: tuple[Sink, ...] = Field(default=("tensorboard", "console", "jsonl"), validate_default=True)
     """where records go: names, or sections with a `type`"""
 

@@ -30,6 +30,7 @@ from safeloop.step.report import Frame, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
 from safeloop.step.terms import TermReader, no_mapping
+from safeloop.step.watch import Watch
 
 Operation = Callable[[Frame], None]
 Losses = Callable[[Any], Mapping[str, Any]]
@@ -84,6 +85,8 @@ class Parts:
     """seed of the run"""
     keeper: BufferKeeper | None = None
     """the buffers from before each turn; None: a refused batch leaves its trace in them"""
+    watch: Watch | None = None
+    """measures gradients inside the forward, on the steps that log"""
     has_declared_phases: bool = False
     """whether every phase says itself what it trains"""
 
@@ -134,7 +137,7 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
         if not is_plain:
             reader.read_unusual(returned, frame)
 
-    return forward
+    return forward if parts.watch is None else parts.watch.during(forward)
 
 
 def _bind_backward(node: Backward, parts: Parts) -> Operation:
