@@ -22,8 +22,8 @@ BAR = 4.0
 def compare(work: Work, rounds: int) -> str:
     """Ratios to a forward and a gradient; everything is timed with its forward.
 
-    In eval mode, as torch.func refuses writes to running statistics, and with attention written out, as the flash kernel
-    has no second derivative: the same for all.
+    In eval mode, as torch.func refuses writes to running statistics, and with attention written out, as the flash
+    kernel has no second derivative: the same for all.
     """
     work.model.eval()
     named = {name: p for name, p in work.model.named_parameters() if p.requires_grad}

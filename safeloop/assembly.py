@@ -25,7 +25,7 @@ from safeloop.optim.averaging import Average
 from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
 from safeloop.plan import StepPlan
-from safeloop.refusals import closure_faults, refuse_epochs, untrained, watched_modules
+from safeloop.refusals import closure_faults, refuse_balance, refuse_epochs, untrained, watched_modules
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
@@ -88,6 +88,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
     ledger.add(untrained(given.phases, list(owners)))
     refuse_epochs(given, owners)
     ledger.add(closure_faults(given, owners))
+    refuse_balance(given)
     if config.accumulate.weight_by == "tokens" and given.count_tokens is None:
         raise given.loaded.error(
             TokensWithoutCount,
@@ -123,6 +124,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
         exact_every=exact_every(config),
         keeper=keeper,
         watch=watch,
+        balance=config.balance,
         has_declared_phases=all(phase.trains is not None for phase in given.phases),
         custom=given.custom,
         combine=config.combine,

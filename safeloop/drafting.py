@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def draft_plan(
             accumulate.weight_by,
             None if given.config.average is None else str(given.config.average),
             exact_every(given.config),
+            None if given.config.balance is None else (given.config.balance.every, given.config.balance.at),
             None if given.config.combine is None else (str(given.config.combine), given.config.combine.at),
         ),
         parameters=[
@@ -66,8 +68,11 @@ def draft_plan(
 
 
 def exact_every(config: RunConfig) -> int | None:
-    """Steps between exact norms of each term's gradient; None: they are not wanted."""
-    return None if config.log.exact_term_norms is None else config.log.exact_term_norms.every
+    """Steps between exact norms of each term's gradient, for the log or the balance; None: they are not wanted."""
+    wanted = [] if config.log.exact_term_norms is None else [config.log.exact_term_norms.every]
+    if config.balance is not None and config.balance.at == "parameters":
+        wanted.append(config.balance.every)
+    return math.gcd(*wanted) if wanted else None
 
 
 def _note(owner: Owner) -> str:

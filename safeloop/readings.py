@@ -44,6 +44,7 @@ class Readings:
     _tallies: dict[str, _Tally] = field(default_factory=dict)
     _inactive: dict[str, int] = field(default_factory=dict)
     _exact: dict[str, Tensor] = field(default_factory=dict)
+    _balanced: dict[str, float] = field(default_factory=dict)
     _steps: int = 0
     _samples: int = 0
     _seconds: float = 0.0
@@ -64,6 +65,7 @@ class Readings:
         self._steps += 1
         self.skipped_total += report.num_skipped
         self._exact |= report.exact_norms
+        self._balanced |= report.balanced
         for name in report.inactive:
             self._inactive[name] = self._inactive.get(name, 0) + 1
         for name, norm in report.norms.items():
@@ -93,6 +95,7 @@ class Readings:
         }
         scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
         scalars |= {f"safety/inactive/{name}": count / self._steps for name, count in self._inactive.items()}
+        scalars |= {f"loss_weight/{name}": weight for name, weight in self._balanced.items()}
         scalars["safety/skipped_total"] = float(self.skipped_total)
         self._tallies, self._inactive, self._exact = {}, {}, {}
         self._steps, self._samples, self._seconds = 0, 0, 0.0

@@ -10,6 +10,7 @@ from torch import nn
 
 from safeloop.checks.config.training import ScheduleNeverMoves
 from safeloop.checks.setup.watch import WatchRefused
+from safeloop.checks.update.balance import NothingToBalance
 from safeloop.checks.update.closure import ClosureRefused, ObjectiveNotFixed
 from safeloop.checks.update.phases import OptimizerNeverTrained, PhaseTrainsNoOptimizer
 from safeloop.checks.wording import suggestion
@@ -124,3 +125,19 @@ def watched_modules(given: Ingredients) -> dict[str, nn.Module]:
                 + suggestion(pattern, names),
             )
     return {name: modules[name] for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def refuse_balance(given: Ingredients) -> None:
+    """Raise SL626 where `balance` stands beside what it cannot measure."""
+    config = given.config
+    if config.balance is None:
+        return
+    is_cut = config.balance.at == "cut"
+    beside = [
+        (given.custom is not None, "a `custom_step`", "take `balance` out"),
+        (is_cut and config.combine is not None, "`combine`, with `at: cut`", "set `balance.at: parameters`"),
+        (is_cut and config.simultaneous, "`simultaneous`, with `at: cut`", "set `balance.at: parameters`"),
+    ]
+    for is_so, what, fix in beside:
+        if is_so:
+            raise given.loaded.error(NothingToBalance, "balance", f"`balance` beside {what}", fix=fix)

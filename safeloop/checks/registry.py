@@ -87,6 +87,7 @@ FILES: dict[str, str] = {
     "SL621": "update/combine.py",  # CombinationFailed
     "SL622": "update/combine.py",  # TermsInseparable
     "SL625": "config/stages.py",  # StagesRefused
+    "SL626": "update/balance.py",  # NothingToBalance
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     # SL85: data and environment

@@ -17,6 +17,7 @@ from safeloop.config.inputs import BatchPath, InputPath
 from safeloop.config.losses import INPUTS, AnyLoss
 from safeloop.data.config import DataConfig
 from safeloop.optim.averaging import AnyAverage
+from safeloop.optim.balancing import BalanceSpec
 from safeloop.optim.combining import AnyCombine
 from safeloop.optim.specs import AnyOptimizer
 from safeloop.sinks.union import SinkName, SinkSpec
@@ -280,6 +281,8 @@ class RunConfig(Component):
     """each loss term trains only what its `trains` names, from one forward; all updates after all backward passes"""
     combine: AnyCombine | None = None
     """how the gradients of conflicting loss terms become one, for every phase with several; null: their sum"""
+    balance: BalanceSpec | None = None
+    """weights of loss terms that follow the sizes of their gradients; null: they stay as `losses` says"""
     accumulate: AccumulateSection = AccumulateSection()
     """micro-batches per update"""
     nonfinite: NonFiniteSection = NonFiniteSection()

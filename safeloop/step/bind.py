@@ -14,12 +14,15 @@ from safeloop.checks.graph.torch_errors import translate
 from safeloop.checks.terms.phases import PhaseReachesNothing
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.averaging import Average
+from safeloop.optim.balancing import BalanceSpec
 from safeloop.optim.combining import CombineSpec
 from safeloop.optim.owner import Owner
 from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Unscale, Update, Zero
 from safeloop.plan import average as plan_average
+from safeloop.plan.balance import Balance
 from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.simultaneous import SeparateBackward
+from safeloop.step.balance import bind_balance
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.clip import clipper
 from safeloop.step.combine import bind_combined
@@ -85,6 +88,8 @@ class Parts:
     """seed of the run"""
     keeper: BufferKeeper | None = None
     """the buffers from before each turn; None: a refused batch leaves its trace in them"""
+    balance: BalanceSpec | None = None
+    """how the terms' weights follow their gradients; None: they do not"""
     watch: Watch | None = None
     """measures gradients inside the forward, on the steps that log"""
     has_declared_phases: bool = False
@@ -143,6 +148,7 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
 def _bind_backward(node: Backward, parts: Parts) -> Operation:
     source, model, scale = parts.readers[node.phase].rules.source, parts.model, parts.precision.scale
     measures_cut = parts.measures_cut
+    cut_every = parts.balance.every if parts.balance is not None and parts.balance.at == "cut" else None
     tensors = [tensor for name in node.owners for tensor in parts.owners[name].tensors]
     measure = None if parts.exact_every is None else exact_norms(lambda _: tensors, parts.exact_every, scale)
 
@@ -153,7 +159,8 @@ def _bind_backward(node: Backward, parts: Parts) -> Operation:
         try:
             if measure is not None:
                 measure(frame, seeds)
-            if measures_cut and frame.wants_modules and len(frame.roots) > 1:
+            is_due = cut_every is not None and (frame.report.step + 1) % cut_every == 0
+            if ((measures_cut and frame.wants_modules) or is_due) and len(frame.roots) > 1:
                 _keep_geometry(frame, backward_with_taps(frame.roots, seeds), scale)
             else:
                 torch.autograd.backward(frame.roots, seeds)
@@ -277,6 +284,7 @@ _BINDERS: Mapping[type[Node], Callable[[Any, Parts], Operation]] = {
     Schedule: _bind_schedule,
     Adapt: _bind_adapt,
     plan_average.Average: _bind_average,
+    Balance: bind_balance,
 }
 
 

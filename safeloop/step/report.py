@@ -58,6 +58,8 @@ class StepReport:
     """owner -> norm of its gradients after clipping; filled on the steps that log"""
     watched: dict[str, Watched] = field(default_factory=dict)
     """name -> the gradient at a watched tensor; filled on the steps that log"""
+    balanced: dict[str, float] = field(default_factory=dict)
+    """loss term -> its new weight; filled on the steps that balance"""
     inactive: tuple[str, ...] = ()
     """terms that were constant on this batch and are declared `may_be_constant`"""
     updated: set[str] = field(default_factory=set)
