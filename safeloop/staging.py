@@ -27,8 +27,9 @@ class Stage:
     assembly: Assembly
 
     def begin(self) -> None:
-        """Start the epochs of its schedules anew."""
-        self.assembly.epochs.begin()
+        """Start the epochs of its schedules anew; the first stage's begin with the run, without a look at the data."""
+        if self.first:
+            self.assembly.epochs.begin()
 
     def let_go(self) -> None:
         """Free what its optimizers remember: other owners follow."""

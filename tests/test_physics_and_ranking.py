@@ -102,8 +102,8 @@ def test_the_margin_loss_is_the_loop_over_triplets_and_never_loses_its_graph():
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        ("total = 0\n    for value in behind: total += max(0, float(value))\n    return total", "SL402"),
-        ("return max((min(torch.tensor(0.0), v.abs()) for v in behind), key=float)", "SL404"),
+        ("total = 0\n    for value in behind: total += max(0, value.item())\n    return total", "SL402"),
+        ("return max((min(torch.tensor(0.0), v.abs()) for v in behind), key=lambda one: one.item())", "SL404"),
         ("total = torch.zeros((), requires_grad=True)\n    for v in behind: total += v\n    return total", "SL301"),
     ],
 )
