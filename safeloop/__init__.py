@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safeloop import autograd as autograd
     from safeloop.audit import audit as audit
+    from safeloop.derivatives import derivatives as derivatives
     from safeloop.evaluation import needs_grad as needs_grad
     from safeloop.faults import Fault as Fault
     from safeloop.faults import FaultError as FaultError
@@ -30,6 +32,8 @@ __all__ = [
     "Trainer",
     "__version__",
     "audit",
+    "autograd",
+    "derivatives",
     "interpolate",
     "needs_grad",
     "phase",
@@ -43,6 +47,7 @@ _HOMES = {
     "Trainer": "safeloop.trainer",
     "audit": "safeloop.audit",
     "interpolate": "safeloop.penalties.points",
+    "derivatives": "safeloop.derivatives",
     "needs_grad": "safeloop.evaluation",
     "phase": "safeloop.phases",
     "replay": "safeloop.replay",
@@ -50,6 +55,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "autograd":  # a module, whose names are loaded when they are first used
+        return import_module("safeloop.autograd")
     if name not in _HOMES:
         raise AttributeError(f"module 'safeloop' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -58,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(globals().keys() | _HOMES.keys())
+    return sorted(globals().keys() | _HOMES.keys() | {"autograd"})
 
 
 class _Package(ModuleType):

@@ -29,14 +29,15 @@ from safeloop.optim.owner import Owner, build_owner, ready_owner
 from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
 from safeloop.penalties.base import LazyWeight
 from safeloop.plan import StepPlan
-from safeloop.refusals import closure_faults, refuse_epochs, untrained
+from safeloop.refusals import closure_faults, refuse_balance, refuse_epochs, untrained, watched_modules
 from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
 from safeloop.step.attendance import Attendance
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
 from safeloop.step.penalties import PenaltyRules
-from safeloop.stream import Stream
+from safeloop.step.watch import Watch
+from safeloop.stream import EpochsSince, Stream
 from safeloop.weights import WeightRamp
 
 if TYPE_CHECKING:
@@ -62,24 +63,31 @@ class Assembly:
     readers: Mapping[str, TermReader]
     precision: Precision
     keeper: BufferKeeper | None
-    weights: Mapping[str, float]
+    weights: dict[str, float]
     """loss term -> its present weight"""
     audit: StepAudit
     attendance: Attendance
+    epochs: EpochsSince
+    """epochs that ended since its schedules began"""
+    watch: Watch
+    """measures gradients inside the forward"""
     replayer: TurnReplayer | None = None
     """explains what the finite check refuses; None at `audit.level: off`"""
     average: Average | None = None
     """the averaged weights; None where the config wants none"""
 
 
-def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> Assembly:
+def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, after: Assembly | None = None) -> Assembly:
     """Check who owns what, build the owners and the plan, bind it.
+
+    `after` is the first stage of a run in stages: what goes on from stage to stage is taken from it.
 
     Raises:
         FaultError: SL1, SL2 and SL6, whatever the config, the model and its owners get wrong.
     """
     config, model = given.config, given.model
-    stream = Stream(given.data, Mover(device), given.count, config.run.max_epochs)
+    stream = after.stream if after else Stream(given.data, Mover(device), given.count, config.run.max_epochs)
+    epochs = EpochsSince(stream)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         probe(given, stream)
     ownership = _ownership(given)
@@ -93,6 +101,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     ledger.add(untrained(given.phases, list(owners)))
     refuse_epochs(given, owners)
     ledger.add(closure_faults(given, owners))
+    refuse_balance(given)
     if config.accumulate.weight_by == "tokens" and given.count_tokens is None:
         raise given.loaded.error(
             TokensWithoutCount,
@@ -100,13 +109,14 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
             "`accumulate.weight_by` is `tokens`, and the Trainer has no `count_tokens`",
             fix="override `count_tokens(self, batch)`, or set `accumulate.weight_by: samples`",
         )
-    precision = Precision(config.run.precision, device)
+    watch_modules = watched_modules(given)
+    precision = after.precision if after else Precision(config.run.precision, device)
     gate = _gate(config, owners, device, precision)
     plan = draft_plan(given, owners, ownership, gate, precision)
     if given.custom is not None:
         plan = custom_plan(plan, tuple(owners))
-    average = None if config.average is None else Average(config.average, model)
-    weights = first_weights(config) | {name: LazyWeight(one).at(0) for name, one in config.penalties.items()}
+    average = after.average if after else None if config.average is None else Average(config.average, model)
+    weights = after.weights if after else _first_weights(config)
     seen: set[str] = set()
     readers = {
         phase.name: TermReader(_rules(given, phase, owners, weights, _penalties(given, phase, owners, precision, seen)))
@@ -119,6 +129,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
     replayer = None
     if config.audit.level != "off" and given.custom is None:
         replayer = TurnReplayer(model, is_scaled=precision.scale is not None)
+    watch = Watch(watch_modules, precision.scale)
     parts = Parts(
         model,
         losses,
@@ -130,10 +141,12 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         "loss_at_cut" in config.log.grad_norms,
         shares_by(given),
         average,
-        stream.count_epochs,
+        epochs,
         exact_every=exact_every(config),
         keeper=keeper,
         attendance=attendance,
+        watch=watch,
+        balance=config.balance,
         has_declared_phases=all(phase.trains is not None for phase in given.phases),
         custom=given.custom,
         combine=config.combine,
@@ -155,9 +168,15 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger) -> A
         weights,
         observer,
         attendance,
+        epochs,
+        watch,
         replayer,
         average,
     )
+
+
+def _first_weights(config: RunConfig) -> dict[str, float]:
+    return first_weights(config) | {name: LazyWeight(one).at(0) for name, one in config.penalties.items()}
 
 
 def redraft_plan(given: Ingredients, assembly: Assembly, returned: Mapping[str, Sequence[str]]) -> StepPlan:
@@ -221,7 +240,7 @@ def _located(fault: Fault, loaded: Loaded) -> Fault:
     """The fault with file, line and column, where it is about a value of the config."""
     path = fault.where.strip("`")
     place = loaded.where(path)
-    return replace(fault, where=f"{place} ({path})") if place else fault
+    return replace(fault, where=f"{place} ({loaded.whole(path)})") if place else fault
 
 
 def _owners(given: Ingredients, ownership: Ownership) -> dict[str, Owner]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,15 @@ def draft_plan(
             accumulate.weight_by,
             None if given.config.average is None else str(given.config.average),
             exact_every(given.config),
+            None if given.config.balance is None else (given.config.balance.every, given.config.balance.at),
             None if given.config.combine is None else (str(given.config.combine), given.config.combine.at),
             waits=waits(gate, owners),
         ),
-        parameters=[*_parameter_lines(given.model, owners, ownership), *_compile_lines(given)],
+        parameters=[
+            *_parameter_lines(given.model, owners, ownership),
+            *_compile_lines(given),
+            *_curvature_lines(given),
+        ],
     )
 
 
@@ -80,8 +86,11 @@ def _term(config: RunConfig, name: str) -> Term:
 
 
 def exact_every(config: RunConfig) -> int | None:
-    """Steps between exact norms of each term's gradient; None: they are not wanted."""
-    return None if config.log.exact_term_norms is None else config.log.exact_term_norms.every
+    """Steps between exact norms of each term's gradient, for the log or the balance; None: they are not wanted."""
+    wanted = [] if config.log.exact_term_norms is None else [config.log.exact_term_norms.every]
+    if config.balance is not None and config.balance.at == "parameters":
+        wanted.append(config.balance.every)
+    return math.gcd(*wanted) if wanted else None
 
 
 def _note(owner: Owner) -> str:
@@ -106,6 +115,15 @@ def _parameter_lines(model: nn.Module, owners: Mapping[str, Owner], ownership: O
 def _compile_lines(given: Ingredients) -> list[str]:
     backend = given.config.run.compile_backend
     return [] if backend is None else [f"compiled with {backend}, in place: {_few(list(compiled_parts(given.model)))}"]
+
+
+def _curvature_lines(given: Ingredients) -> list[str]:
+    """What the readings cost, for the printed plan."""
+    section = given.config.log.curvature
+    if section is None:
+        return []
+    gradients = 2 + 2 * section.products * len(section.of)
+    return [f"curvature: {', '.join(section.of)} every {section.every} steps, about {gradients} gradients each time"]
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:

@@ -44,6 +44,7 @@ class Readings:
     _tallies: dict[str, _Tally] = field(default_factory=dict)
     _inactive: dict[str, float] = field(default_factory=dict)
     _exact: dict[str, Tensor] = field(default_factory=dict)
+    _balanced: dict[str, float] = field(default_factory=dict)
     _steps: int = 0
     _samples: int = 0
     _seconds: float = 0.0
@@ -69,6 +70,7 @@ class Readings:
         self._steps += 1
         self.skipped_total += report.num_skipped
         self._exact |= report.exact_norms
+        self._balanced |= report.balanced
         for name, part in report.inactive.items():
             self._inactive[name] = self._inactive.get(name, 0.0) + part
         for name, norm in report.norms.items():
@@ -88,13 +90,17 @@ class Readings:
             if self.owners[name].clipping is not None:
                 readings[f"grad/{name}/clip_fraction"] = tally.clipped / max(1, self._steps)
         readings |= {f"grad/{name}/post_clip": norm for name, norm in report.clipped_norms.items()}
+        readings |= {f"watch/{name}": one.square.sqrt() for name, one in report.watched.items()}
         readings |= _geometry(report) | {f"loss_grad_exact/{name}": norm for name, norm in self._exact.items()}
         modules, norms = _module_norms(report) if "module" in self.kinds else ([], None)
         numbers, module_numbers = _to_host(readings, norms)
         scalars = self._losses(numbers, report) | self._gradients(numbers) | self._rates() | self._pace()
-        scalars |= {tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad", "loss_cos/"))}
+        scalars |= {
+            tag: value for tag, value in numbers.items() if tag.startswith(("loss_grad", "loss_cos/", "watch/"))
+        }
         scalars |= {f"module/grad_norm/{name}": value for name, value in zip(modules, module_numbers, strict=True)}
         scalars |= {f"safety/inactive/{name}": part / self._steps for name, part in self._inactive.items()}
+        scalars |= {f"loss_weight/{name}": weight for name, weight in self._balanced.items()}
         scalars["safety/skipped_total"] = float(self.skipped_total)
         self._tallies, self._inactive, self._exact = {}, {}, {}
         self._steps, self._samples, self._seconds = 0, 0, 0.0
@@ -182,4 +188,5 @@ def _module_norms(report: StepReport) -> tuple[list[str], Tensor | None]:
     order = {module: index for index, module in enumerate(dict.fromkeys(modules))}
     each = torch.cat([norms.float() for norms in report.each_norm.values()])
     index = torch.tensor([order[module] for module in modules], device=each.device)
-    return list(order), torch.zeros(len(order), device=each.device).index_add_(0, index, each.square()).sqrt()
+    zeros = torch.zeros(len(order), dtype=torch.float32, device=each.device)  # whatever the default dtype is
+    return list(order), zeros.index_add_(0, index, each.square()).sqrt()

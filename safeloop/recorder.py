@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from safeloop.folder import make_run_folder, save_weights, write_text
 from safeloop.readings import Readings
 from safeloop.sinks.fanout import Fanout, open_sinks
 from safeloop.sinks.record import Record, RunInfo
+from safeloop.staging import Stage, run_plan
 from safeloop.step.report import StepReport
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class Recorder:
     With `log.sinks: []` nothing is written at all: no folder, no weights.
     """
 
-    def __init__(self, loaded: Loaded, assembly: Assembly, model: nn.Module, ledger: FaultLedger) -> None:
-        config = loaded.config
+    def __init__(self, loaded: Loaded, stages: Sequence[Stage], model: nn.Module, ledger: FaultLedger) -> None:
+        config, assembly = loaded.config, stages[0].assembly
         self.dir: Path | None = None
         self.last: dict[str, float] = {}
         self._model = model
@@ -42,20 +43,25 @@ class Recorder:
             name = config.run.name or "run"
             self.dir = make_run_folder(config.run.dir, name)
             write_text(self.dir / "config.yaml", loaded.text)
-            write_text(self.dir / "plan.txt", f"{assembly.plan}\n")
-            self._fanout = open_sinks(config.log.sinks, self._info(loaded, assembly))
+            write_text(self.dir / "plan.txt", f"{run_plan(stages)}\n")
+            self._fanout = open_sinks(config.log.sinks, self._info(loaded, stages))
         for fault, count in ledger.counts.items():
             self._fanout.fault(fault, 0, count)
         ledger.listener = self._fault
+
+    def enter(self, stage: Stage) -> None:
+        """Go on with the owners of a stage."""
+        self.readings.owners = stage.assembly.owners
+        self._audit = stage.assembly.audit
 
     def progress(self, step: int) -> None:
         """Tell the sinks that show progress that a step is done."""
         self._fanout.progress(step, {})
 
-    def log(self, report: StepReport, epoch: int) -> None:
-        """Write the readings since the last log."""
+    def log(self, report: StepReport, epoch: int, more: Mapping[str, float]) -> None:
+        """Write the readings since the last log, and `more`."""
         steps = max(1, self.readings.num_steps)
-        scalars = self.readings.take(report)
+        scalars = self.readings.take(report) | dict(more)
         scalars["perf/audit_ms"] = self._audit.budget.take_spent_ms() / steps
         scalars["safety/faults_total"] = float(len(self._ledger.faults))
         self.last = scalars
@@ -83,19 +89,19 @@ class Recorder:
     def _fault(self, fault: Fault, step: int, count: int) -> None:
         self._fanout.fault(fault, step, count)
 
-    def _info(self, loaded: Loaded, assembly: Assembly) -> RunInfo:
+    def _info(self, loaded: Loaded, stages: Sequence[Stage]) -> RunInfo:
         assert self.dir is not None
         config = loaded.config
         modules = dict.fromkeys(name.rpartition(".")[0] or "(root)" for name, _ in self._model.named_parameters())
         return RunInfo(
             name=self.dir.name,
             dir=self.dir,
-            max_steps=_num_steps(assembly, config.run.max_steps),
-            plan=str(assembly.plan),
+            max_steps=_num_steps(stages[0].assembly, config.max_steps),
+            plan=str(run_plan(stages)),
             config=loaded.text,
-            owners=tuple(assembly.owners),
+            owners=tuple(dict.fromkeys(name for stage in stages for name in stage.assembly.owners)),
             modules=tuple(modules),
-            hparams=_hparams(assembly),
+            hparams=_hparams(stages),
         )
 
 
@@ -108,9 +114,10 @@ def _num_steps(assembly: Assembly, max_steps: int | None) -> int | None:
     return min(known, default=None)
 
 
-def _hparams(assembly: Assembly) -> dict[str, str | int | float | bool]:
+def _hparams(stages: Sequence[Stage]) -> dict[str, str | int | float | bool]:
     found: dict[str, str | int | float | bool] = {}
-    for name, owner in assembly.owners.items():
+    owners = [(f"{s.name}.{n}" if s.name else n, owner) for s in stages for n, owner in s.assembly.owners.items()]
+    for name, owner in owners:
         found[f"{name}.type"] = type(owner.optimizer).__name__
         for key in ("lr", "weight_decay"):
             if key in owner.optimizer.defaults:

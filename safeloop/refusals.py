@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from safeloop.checks.config.training import ScheduleNeverMoves
+from safeloop.checks.setup.watch import WatchRefused
+from safeloop.checks.update.balance import NothingToBalance
 from safeloop.checks.update.closure import ClosureRefused, ObjectiveNotFixed
 from safeloop.checks.update.phases import OptimizerNeverTrained, PhaseTrainsNoOptimizer
+from safeloop.checks.wording import suggestion
 from safeloop.faults import Fault
 from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.optim.owner import Owner
@@ -94,3 +98,46 @@ def refuse_epochs(given: Ingredients, owners: Mapping[str, Owner]) -> None:
             "the schedule moves after each epoch, and the data can be read only once",
             fix="set `per: step`, or pass a list, a Dataset or a DataLoader, which can be read again",
         )
+
+
+def watched_modules(given: Ingredients) -> dict[str, nn.Module]:
+    """The modules of `log.watch`, by name.
+
+    Raises:
+        ConfigError: SL447, a pattern matches no module, or the model is compiled.
+    """
+    patterns, modules = given.config.log.watch, dict(given.model.named_modules())
+    if patterns and given.config.run.compile_backend is not None:
+        raise given.loaded.error(
+            WatchRefused,
+            "log.watch",
+            "`log.watch` beside `run.compile`: a compiled model has no outputs of modules inside",
+            fix="take one of the two out, or call `self.watch(name, tensor)` in the loss function",
+        )
+    names = [name for name in modules if name]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise given.loaded.error(
+                WatchRefused,
+                "log.watch",
+                f"`{pattern}` matches none of {len(names)} modules",
+                fix=f"name modules as `model.named_modules()` does: {', '.join(names[:6])}"
+                + suggestion(pattern, names),
+            )
+    return {name: modules[name] for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def refuse_balance(given: Ingredients) -> None:
+    """Raise SL626 where `balance` stands beside what it cannot measure."""
+    config = given.config
+    if config.balance is None:
+        return
+    is_cut = config.balance.at == "cut"
+    beside = [
+        (given.custom is not None, "a `custom_step`", "take `balance` out"),
+        (is_cut and config.combine is not None, "`combine`, with `at: cut`", "set `balance.at: parameters`"),
+        (is_cut and config.simultaneous, "`simultaneous`, with `at: cut`", "set `balance.at: parameters`"),
+    ]
+    for is_so, what, fix in beside:
+        if is_so:
+            raise given.loaded.error(NothingToBalance, "balance", f"`balance` beside {what}", fix=fix)

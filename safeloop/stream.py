@@ -116,3 +116,23 @@ class Stream:
             self._num_drawn = 0
             if self._source.is_one_shot:
                 return
+
+
+class EpochsSince:
+    """How many epochs ended since a moment: call it for the number.
+
+    Args:
+        stream: whose epochs.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._before = 0
+
+    def begin(self) -> None:
+        """Count from now."""
+        self._before = self._stream.count_epochs()
+
+    def __call__(self) -> int:
+        """Epochs that are over, the present one included if its last micro-batch is drawn."""
+        return self._stream.count_epochs() - self._before

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safeloop.accumulation import AccumulationReport, compare_accumulation
-from safeloop.assembly import Assembly, assemble, probe, redraft_plan
+from safeloop.assembly import Assembly, probe, redraft_plan
 from safeloop.audit.ledger import FaultLedger
 from safeloop.bring import bring
 from safeloop.bundles import saver
@@ -28,6 +28,7 @@ from safeloop.checks.terms.kinds import TermIsNotFinite
 from safeloop.checks.update.custom import CustomStepRefused
 from safeloop.checks.views import GradientsView
 from safeloop.config import Loaded, load
+from safeloop.curvature import CurvatureReadings
 from safeloop.data.count import count
 from safeloop.data.move import resolve_device
 from safeloop.data.source import Source
@@ -43,8 +44,10 @@ from safeloop.penalties.points import is_due, leaf
 from safeloop.penalties.request import Request, requested
 from safeloop.phases import phases_of
 from safeloop.plan import Node, StepPlan
+from safeloop.plan.stages import StagedPlan
 from safeloop.recorder import Recorder
 from safeloop.seeds import seed_everything
+from safeloop.staging import Stage, assemble_stages, run_plan
 from safeloop.step import run_step
 from safeloop.step.compiling import compile_model
 from safeloop.step.custom import Operations, custom_plan, refuse_accumulation
@@ -133,6 +136,9 @@ class Trainer:
         if self._is_custom:
             refuse_accumulation(self.config.accumulate.micro_batches)
         self._assembly: Assembly | None = None
+        self._stages: tuple[Stage, ...] = ()
+        self._curvature: CurvatureReadings | None = None
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._record: list[Node] | None = None
         self._phase = ""
 
@@ -213,6 +219,19 @@ class Trainer:
         """
         return self._metrics(batch)
 
+    def watch(self, name: str, tensor: Tensor) -> Tensor:
+        """Log the norm of a loss's gradient at a tensor of the forward, as `watch/<name>`; call it in a loss function.
+
+        Only on the steps that log is a hook set; it holds no tensor and goes with the graph. Several tensors of one
+        name count as one vector.
+
+        Returns:
+            The tensor, as it was given.
+        """
+        if self._assembly is not None:
+            self._assembly.watch.tensor(name, tensor)
+        return tensor
+
     def count(self, batch: Any) -> int:
         """How many samples a micro-batch holds: the leading dimension of its first tensor."""
         return count(batch)
@@ -221,12 +240,14 @@ class Trainer:
         """How many tokens a micro-batch holds; override it for `accumulate.weight_by: tokens`."""
         return self.count(batch)
 
-    def plan(self) -> StepPlan:
-        """The step plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
+    def plan(self) -> StepPlan | StagedPlan:
+        """The plan, after the set-up and one forward on the first micro-batch; nothing is trained."""
         returned = self._check()
-        assembly = self._assembled()
+        assembly, plan = self._assembled(), run_plan(self._stages)
+        if isinstance(plan, StagedPlan):
+            return plan
         if self._record is not None:
-            return custom_plan(assembly.plan, tuple(assembly.owners), self._record)
+            return custom_plan(plan, tuple(assembly.owners), self._record)
         return redraft_plan(self._ingredients(), assembly, returned)
 
     def check(self) -> list[Fault]:
@@ -265,17 +286,14 @@ class Trainer:
             again = wants_several_passes(self.config) or self._is_custom
             compile_model(self.model, backend, lambda: self._probe(assembly), keeps_buffers=again)
         seed_everything(self.config.run.seed)
-        recorder = Recorder(self.loaded, assembly, self.model, self._ledger)
-        if assembly.replayer is not None and recorder.dir is not None and self.config.nonfinite.save_bundle:
-            needs = tuple(sorted(self._brought.names & {"model", "optimizers"}))
-            if self.config.trainer is None and type(self) is not Trainer:
-                needs = ("trainer", *needs)
-            assembly.replayer.save = saver(recorder.dir / "bundles", self.model, self.loaded.text, needs)
+        if self.config.log.curvature is not None:
+            self._curvature = CurvatureReadings(self._ingredients(), assembly.stream.peek(), self._ledger)
+        recorder = Recorder(self.loaded, self._stages, self.model, self._ledger)
+        if recorder.dir is not None and self.config.nonfinite.save_bundle:
+            self._save_bundles(recorder.dir)
         outcome = "failed"
-        metrics: dict[str, float] = {}
         try:
-            with held(owner.permit for owner in assembly.owners.values()):
-                outcome, metrics = self._loop(assembly, recorder)
+            outcome = self._train(recorder)
         except FaultError as error:
             self._ledger.raised(error, self.step)
             raise
@@ -284,11 +302,21 @@ class Trainer:
             raise
         finally:
             with suppress(FaultError):  # what ended the run is on its way to the user already
-                assembly.gate.finish()
+                self._assembled().gate.finish()
             recorder.close(outcome, self.step)
         losses = {tag.removeprefix("loss/"): v for tag, v in recorder.last.items() if tag.startswith("loss/")}
         seconds = time.perf_counter() - started
+        metrics = self._evaluated[1]
         return RunResult(self.step, self.epoch, metrics, losses, self.faults, recorder.dir, outcome, seconds)
+
+    def _save_bundles(self, folder: Path) -> None:
+        """Have a failing step saved, with the names of what only this program can give again."""
+        needs = tuple(sorted(self._brought.names & {"model", "optimizers"}))
+        if self.config.trainer is None and type(self) is not Trainer:
+            needs = ("trainer", *needs)
+        for stage in self._stages:
+            if stage.assembly.replayer is not None:
+                stage.assembly.replayer.save = saver(folder / "bundles", self.model, self.loaded.text, needs)
 
     def _check(self) -> dict[str, tuple[str, ...]]:
         """Check the terms of the first micro-batch; the names that each phase returned."""
@@ -311,18 +339,34 @@ class Trainer:
             self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
         return names
 
-    def _loop(self, run: Assembly, recorder: Recorder) -> tuple[str, dict[str, float]]:
-        every, max_steps = self.config.log.every, self.config.run.max_steps
-        evaluator, evaluate_every = self._evaluator, self.config.evaluate.every
-        program, stream, readings = run.program, run.stream, recorder.readings
-        metrics: dict[str, float] = {}
-        last_evaluated = -1
+    def _train(self, recorder: Recorder) -> str:
+        """One stage after the other, and a last evaluation; how it ended."""
+        for stage in self._stages:
+            self._assembly = stage.assembly
+            stage.begin()
+            recorder.enter(stage)
+            with held(owner.permit for owner in stage.assembly.owners.values()):
+                is_whole = self._loop(stage.assembly, stage.end, recorder)
+            if not is_whole:
+                break
+            if stage is not self._stages[-1]:
+                stage.let_go()
+        if self._evaluator is not None and self._evaluated[0] != self.step:
+            self._evaluated = self.step, self._evaluator(self._assembled(), recorder)
+        return self._outcome()
+
+    def _loop(self, run: Assembly, end: int | None, recorder: Recorder) -> bool:
+        """The steps of a stage; False where the data ended before it."""
+        every, evaluator, evaluate_every = self.config.log.every, self._evaluator, self.config.evaluate.every
+        program, stream, readings, curvature = run.program, run.stream, recorder.readings, self._curvature
+        is_whole = True
         readings.resume(stream.num_samples)
-        while max_steps is None or self.step < max_steps:
-            is_due = (self.step + 1) % every == 0 or self.step + 1 == max_steps
+        while end is None or self.step < end:
+            is_due = (self.step + 1) % every == 0 or self.step + 1 == end
             try:
                 report = run_step(program, stream, self.step, wants_modules=is_due)
             except DataEnded:
+                is_whole = False
                 break
             readings.add(report)
             self.step += 1
@@ -332,9 +376,9 @@ class Trainer:
                 continue
             readings.pause(stream.num_samples)
             if is_due:
-                recorder.log(report, stream.epoch)
+                recorder.log(report, stream.epoch, curvature.at(self.step, run) if curvature else {})
             if evaluator is not None and wants_metrics:
-                metrics, last_evaluated = evaluator(run, recorder), self.step
+                self._evaluated = self.step, evaluator(run, recorder)
             readings.resume(stream.num_samples)
         try:
             run.gate.finish()
@@ -346,12 +390,10 @@ class Trainer:
                 raise
             raise run.replayer.explained(error, refused) from None
         run.audit.finish(self.step)
-        if evaluator is not None and last_evaluated != self.step:
-            metrics = evaluator(run, recorder)
-        return self._outcome(), metrics
+        return is_whole
 
     def _outcome(self) -> str:
-        max_steps = self.config.run.max_steps
+        max_steps = self.config.max_steps
         if self.config.average is not None and self.averaged_model is None and self.step:
             self._ledger.add([_never_averaged(self.step)], self.step)
         if max_steps is None or self.step >= max_steps:
@@ -386,7 +428,8 @@ class Trainer:
             if not self.model.training:
                 self.model.train()
             self.model.to(self.device)
-            self._assembly = assemble(self._ingredients(), self.device, self._ledger)
+            self._stages = assemble_stages(self._ingredients(), self.device, self._ledger)
+            self._assembly = self._stages[0].assembly
         return self._assembly
 
     def _no_loss(self) -> FaultError:
@@ -436,7 +479,7 @@ class Trainer:
             return None
         has_metrics = self._overrides("metrics") or bool(self._metrics.functions)
         wants_loss = self.config.evaluate.loss
-        watched = {getattr(spec.scheduler, "metric", None) for spec in (self.config.optimizers or {}).values()}
+        watched = {getattr(spec.scheduler, "metric", None) for spec in self.config.all_optimizers}
         if wants_loss is None:
             wants_loss = not self._is_custom and (not has_metrics or "loss/eval" in watched)
         return Evaluator(self, data, has_metrics=has_metrics, losses=self._all_losses if wants_loss else None)

@@ -57,6 +57,8 @@ class StepAudit:
         holders: Sequence[object] = (),
     ) -> None:
         self.budget = budget
+        self.first = 0
+        """the step of the run at which this watch begins: the first of a stage"""
         self._ledger = ledger
         self._model = model
         self._ownership = ownership
@@ -83,17 +85,18 @@ class StepAudit:
 
     def wants(self, step: int) -> bool:
         """Whether this step is looked at in depth."""
-        return self.budget.wants(step)
+        return self.budget.wants(step - self.first)
 
     def done(self, step: int, seconds: float) -> None:
         """A step is over, after so many seconds."""
-        was_deep = self.budget.wants(step)
-        self.budget.done(step, seconds, was_deep=was_deep)
-        if was_deep and step in _SCANS:
+        own = step - self.first
+        was_deep = self.budget.wants(own)
+        self.budget.done(own, seconds, was_deep=was_deep)
+        if was_deep and own in _SCANS:
             holders = [*holders_of_modules(self._model)]
             holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
             self.faults(list(self._lifetimes.kept(holders)), step)
-        if step + 1 == FIRST_STEPS:
+        if own + 1 == FIRST_STEPS:
             self._tell_history(step, is_over=False)
 
     def finish(self, step: int) -> None:

@@ -90,7 +90,9 @@ def page(code: str) -> Page:
 
 def nearest(code: str) -> list[str]:
     """Up to three codes that look like `code`."""
-    return difflib.get_close_matches(code.strip().upper(), FILES, n=3, cutoff=0.5)
+    word = code.strip().upper()
+    word = word[:2] + word[2:].replace("O", "0").replace("I", "1")  # letters that were read for digits
+    return difflib.get_close_matches(word, FILES, n=3, cutoff=0.5)
 
 
 def render(shown: Page) -> str:

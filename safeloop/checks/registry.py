@@ -91,6 +91,10 @@ FILES: dict[str, str] = {
     "SL437": "penalties/gradient.py",  # SecondDerivativeVanishes
     "SL438": "penalties/declared.py",  # PenaltyWithoutEffect (warning)
     "SL439": "penalties/declared.py",  # DeclaredPenaltyMissing
+    "SL445": "terms/derivatives.py",  # DerivativeVanishes
+    "SL446": "terms/derivatives.py",  # NothingToDerive
+    "SL447": "setup/watch.py",  # WatchRefused
+    "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient
@@ -116,6 +120,8 @@ FILES: dict[str, str] = {
     "SL620": "update/combine.py",  # TermsShareNoFeatures
     "SL621": "update/combine.py",  # CombinationFailed
     "SL622": "update/combine.py",  # TermsInseparable
+    "SL625": "config/stages.py",  # StagesRefused
+    "SL626": "update/balance.py",  # NothingToBalance
     "SL630": "update/zeroing.py",  # GradientsNotZeroed
     "SL631": "update/zeroing.py",  # GradientsDiscarded
     "SL632": "update/zeroing.py",  # StepWithoutGradients

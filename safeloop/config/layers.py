@@ -43,6 +43,19 @@ def name_the_optimizer(layer: Node, base: Node | None = None) -> Node:
     return Node({**layer.value, "optimizers": optimizers}, layer.at, layer.key)
 
 
+def name_the_optimizers(layer: Node, base: Node | None = None) -> Node:
+    """The layer with every nameless optimizer under `main`, those of stages included."""
+    layer = name_the_optimizer(layer, base)
+    stages = layer.child("stages")
+    if stages is None or not isinstance(stages.value, dict):
+        return layer
+    named = {
+        name: name_the_optimizer(stage, base.find(("stages", name)) if base is not None else None)
+        for name, stage in stages.value.items()
+    }
+    return Node({**layer.value, "stages": Node(named, stages.at, stages.key)}, layer.at, layer.key)
+
+
 def nested(parts: Path, value: Node, key: Origin) -> Node:
     """Sections around a value: `("run", "seed")` gives `{run: {seed: value}}`."""
     node = Node(value.value, value.at, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,13 @@ class Loaded:
     allow: tuple[str, ...]
     """module prefixes that targets may name"""
 
+    stage: nodes.Path = ()
+    """where the stage is written whose config this is; empty for that of the whole run"""
+
+    def within(self, stage: nodes.Path, **sections: Any) -> Loaded:
+        """The config while a stage lasts: some sections are the stage's own, and are written there."""
+        return replace(self, config=self.config.model_copy(update=sections), stage=stage)
+
     def where(self, path: str | nodes.Path) -> str:
         """Where a value is written, as `configs/x.yaml:10:7`; empty for a default."""
         origin = self._origin(path)
@@ -46,13 +53,17 @@ class Loaded:
         self, check: type[Check], path: str | nodes.Path, what: str, *, why: str = "", fix: str = ""
     ) -> ConfigError:
         """A fault that was found later about a written value, with its line and a caret, ready to be raised."""
-        name = path if isinstance(path, str) else dotted(path)
+        name = self.whole(path if isinstance(path, str) else dotted(path))
         return ConfigError([Problem(check.fault(what, why=why, fix=fix, severity="error"), self._origin(path), name)])
 
     def _origin(self, path: str | nodes.Path) -> Origin | None:
-        if isinstance(path, tuple):
-            return self.origins.get(path)
-        return next((origin for written, origin in self.origins.items() if dotted(written) == path), None)
+        wanted = self.whole(dotted(path) if isinstance(path, tuple) else path)
+        return next((origin for written, origin in self.origins.items() if dotted(written) == wanted), None)
+
+    def whole(self, path: str) -> str:
+        """The path from the top of the file."""
+        is_own = self.stage and (path == "optimizers" or path.startswith("optimizers."))
+        return f"{dotted(self.stage)}.{path}" if is_own else path
 
 
 def load(

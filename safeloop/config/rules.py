@@ -24,6 +24,7 @@ from safeloop.config.errors import Problem
 from safeloop.config.losses import LOSSES, dry_construct_loss
 from safeloop.config.nodes import Node, Path, dotted, is_set, number
 from safeloop.config.penalties import penalty_problems, penalty_warnings
+from safeloop.config.stages import placed_in, stage_problems, stages_alone
 from safeloop.config.training import training_problems
 from safeloop.faults import FaultError
 from safeloop.optim.specs import OPTIMIZERS, dry_construct
@@ -55,7 +56,14 @@ SLOTS: dict[Path, tuple[Any, ...]] = {
 
 
 def problems_of(root: Node, allow: Collection[str], given: Collection[str]) -> Iterator[Problem]:
-    """Everything that the rules refuse."""
+    """Everything that the rules refuse; what is about optimizers, for each stage."""
+    yield from stage_problems(root, given)
+    for stage, alone in stages_alone(root):
+        for problem in _problems_alone(alone, allow, given):
+            yield placed_in(stage, problem)
+
+
+def _problems_alone(root: Node, allow: Collection[str], given: Collection[str]) -> Iterator[Problem]:
     yield from _missing(root, given)
     yield from _losses(root, given)
     yield from _targets(root, allow)
@@ -67,6 +75,11 @@ def problems_of(root: Node, allow: Collection[str], given: Collection[str]) -> I
 
 def warnings_of(root: Node) -> Iterator[Problem]:
     """Everything that is possible but rarely meant."""
+    found = [placed_in(stage, one) for stage, alone in stages_alone(root) for one in _warnings_alone(alone)]
+    yield from dict.fromkeys(found)
+
+
+def _warnings_alone(root: Node) -> Iterator[Problem]:
     steps = root.find(("run", "max_steps"))
     if steps is not None and number(steps) == 0:
         yield _suspicious(steps, ("run", "max_steps"), "0: nothing is trained", "write the number of steps")

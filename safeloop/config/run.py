@@ -17,6 +17,7 @@ from safeloop.config.inputs import BatchPath, InputPath
 from safeloop.config.losses import INPUTS, AnyLoss
 from safeloop.data.config import DataConfig
 from safeloop.optim.averaging import AnyAverage
+from safeloop.optim.balancing import BalanceSpec
 from safeloop.optim.combining import AnyCombine
 from safeloop.optim.specs import AnyOptimizer
 from safeloop.penalties.union import AnyPenalty
@@ -80,6 +81,10 @@ CheckCode = Annotated[str, AfterValidator(_known_code)]
 Optimizers = Annotated[
     dict[OptimizerName, AnyOptimizer] | None,
     BeforeValidator(_named, json_schema_input_type=AnyOptimizer | dict[OptimizerName, AnyOptimizer] | None),
+]
+RequiredOptimizers = Annotated[
+    dict[OptimizerName, AnyOptimizer],
+    BeforeValidator(_named, json_schema_input_type=AnyOptimizer | dict[OptimizerName, AnyOptimizer]),
 ]
 Sink = Annotated[SinkSpec, BeforeValidator(_sink, json_schema_input_type=SinkName | SinkSpec)]
 
@@ -188,6 +193,18 @@ class PhaseSection(Component):
     """config-only runs: names of the losses and penalties that it computes"""
 
 
+class StageSection(Component):
+    """A part of the run with optimizers of its own, whose states and schedules start when it starts.
+
+    Steps, epochs, data, logs, evaluations and the average go on from the stage before.
+    """
+
+    max_steps: Int = Field(ge=1, lt=2**63)
+    """how many steps it lasts"""
+    optimizers: RequiredOptimizers
+    """one optimizer (a section with `type`, then named `main`), or several by name"""
+
+
 class EvaluateSection(Component):
     """When the evaluation data is evaluated."""
 
@@ -208,6 +225,23 @@ class ExactNormsSection(Component):
     """steps between two measurements; a multiple of `log.every` leaves none unwritten"""
 
 
+class CurvatureSection(Component):
+    """Readings of the Hessian of each phase's loss: `curvature/<phase>/<reading>`.
+
+    They are taken at the logs that come every `every` steps, on the first micro-batch of the run and with the same
+    random numbers each time: they compare weights, not data. Cost of each: a forward and a backward pass that records
+    itself, then about two gradients for each of `products` products, and as many directions in memory for the
+    eigenvalue.
+    """
+
+    every: Int = Field(ge=1)
+    """steps between two readings; they wait for the next log"""
+    of: tuple[Literal["top_eigenvalue", "trace"], ...] = Field(default=("top_eigenvalue", "trace"), min_length=1)
+    """top_eigenvalue: the largest, by Lanczos; above 2 / lr, plain gradient descent is unstable. trace: Hutchinson's"""
+    products: Int = Field(default=10, ge=1)
+    """Hessian-vector products for each reading: more are more exact"""
+
+
 class LogSection(Component):
     """What is written down, how often and where."""
 
@@ -217,6 +251,10 @@ class LogSection(Component):
     """gradient norms: of everything, per optimizer, per module, per loss term at the features that terms share"""
     exact_term_norms: ExactNormsSection | None = None
     """gradient norms per loss term over all parameters, exact: about one backward pass per term; null: none"""
+    watch: tuple[str, ...] = ()
+    """patterns of modules: the gradient norm at their outputs is logged as `watch/<module>`, on the steps that log"""
+    curvature: CurvatureSection | None = None
+    """readings of the loss's Hessian, on a schedule; null: none"""
     sinks: tuple[Sink, ...] = Field(default=("tensorboard", "console", "jsonl"), validate_default=True)
     """where records go: names, or sections with a `type`"""
 
@@ -234,6 +272,8 @@ class RunConfig(Component):
     """training and evaluation data"""
     optimizers: Optimizers = None
     """one optimizer (a section with `type`, then named `main`), or several by name"""
+    stages: dict[PhaseName, StageSection] = Field(default_factory=dict)
+    """parts of the run in order, each with optimizers of its own, in place of `optimizers`"""
     frozen: tuple[str, ...] = ()
     """patterns of parameters that nobody trains"""
     losses: dict[TermName, AnyLoss] = Field(default_factory=dict)
@@ -248,6 +288,8 @@ class RunConfig(Component):
     """each loss term trains only what its `trains` names, from one forward; all updates after all backward passes"""
     combine: AnyCombine | None = None
     """how the gradients of conflicting loss terms become one, for every phase with several; null: their sum"""
+    balance: BalanceSpec | None = None
+    """weights of loss terms that follow the sizes of their gradients; null: they stay as `losses` says"""
     accumulate: AccumulateSection = AccumulateSection()
     """micro-batches per update"""
     nonfinite: NonFiniteSection = NonFiniteSection()
@@ -260,3 +302,15 @@ class RunConfig(Component):
     """when to evaluate"""
     log: LogSection = LogSection()
     """what is recorded"""
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps at most: of the run, or of its stages together, whichever ends first; None: no limit."""
+        of_stages = [sum(stage.max_steps for stage in self.stages.values())] if self.stages else []
+        return min([*of_stages, *([] if self.run.max_steps is None else [self.run.max_steps])], default=None)
+
+    @property
+    def all_optimizers(self) -> tuple[AnyOptimizer, ...]:
+        """The specs of every stage, or of the run."""
+        sections = [stage.optimizers for stage in self.stages.values()] if self.stages else [self.optimizers or {}]
+        return tuple(spec for section in sections for spec in section.values())

@@ -12,7 +12,7 @@ from safeloop.checks.config.document import BadOverride, MissingFile, Unreadable
 from safeloop.checks.config.values import WrongType
 from safeloop.config.document import MAX_BYTES, parse, parse_value
 from safeloop.config.errors import Problem
-from safeloop.config.layers import merge, name_the_optimizer, nested, spelled, without
+from safeloop.config.layers import merge, name_the_optimizers, nested, spelled, without
 from safeloop.config.nodes import MAX_DEPTH, Node, Origin, from_python
 
 PREFIX = "SAFELOOP__"
@@ -48,7 +48,7 @@ class Sources:
         if path is not None:
             root = merge(root, self.file(path, None, ()) or Node({}, root.at))
         for layer in (self.environment(environment, root), self.overrides(overrides), self.keywords(sections)):
-            root = merge(root, name_the_optimizer(layer, root))
+            root = merge(root, name_the_optimizers(layer, root))
         for name in given:
             root = without(root, LIVE[name]) if name in LIVE else root
         return root
@@ -76,11 +76,11 @@ class Sources:
             )
             return None
         extends = node.value.get("extends")
-        layer = name_the_optimizer(without(node, ("extends",)))
+        layer = name_the_optimizers(without(node, ("extends",)))
         bases = [] if extends is None else self._bases(extends, path, (*open_files, path.resolve()))
         whole = Node({}, node.at)
         for base in (*bases, layer):
-            whole = merge(whole, name_the_optimizer(base, whole))
+            whole = merge(whole, name_the_optimizers(base, whole))
         return whole
 
     def _bases(self, extends: Node, path: Path, open_files: tuple[Path, ...]) -> list[Node]:

@@ -87,7 +87,8 @@ def _tag(node: Node, path: Path) -> Any:
     kind = node.child("type")
     if kind is not None:
         return kind.value
-    if path[0] == "optimizers" and len(path) == 2 and isinstance(node.value, dict):
+    inside = path[2:] if path[0] == "stages" else path
+    if inside and inside[0] == "optimizers" and len(inside) == 2 and isinstance(node.value, dict):
         return "target" if "target" in node.value else None
     is_loss = path[0] == "losses" and len(path) == 2 and isinstance(node.value, dict)
     return None if not is_loss else "target" if "target" in node.value else "declared"

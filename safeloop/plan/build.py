@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from safeloop.plan.average import Average
+from safeloop.plan.balance import Balance
 from safeloop.plan.closure import ClosureUpdate
 from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.node import Node, Term
@@ -61,6 +62,8 @@ class StepFacts:
     """the rule by which weights are averaged over steps"""
     exact_every: int | None = None
     """steps between two exact measurements of each term's gradient norm"""
+    balance: tuple[int, str] | None = None
+    """steps between two adjustments of the terms' weights, and where norms are measured; None: they stay"""
     combine: tuple[str, str] | None = None
     """rule by which the terms' gradients are combined, and where: `parameters` or `cut`; None: summed"""
     waits: bool = False
@@ -139,6 +142,8 @@ def _nodes(phase: PhaseFacts, owners: Sequence[OwnerFacts], step: StepFacts, pha
             yield Clip(owner.name, *owner.clipping)
     for owner in owners:
         yield Update(owner.name, owner.optimizer, owner.clipping is not None, owner.note, phases)
+    if step.balance is not None and (phase.is_open or len(phase.terms) > 1):
+        yield Balance(phase.name, *step.balance)
 
 
 def _closure(phase: PhaseFacts, owner: OwnerFacts, step: StepFacts) -> ClosureUpdate:

@@ -15,13 +15,16 @@ from safeloop.autograd.taps import Geometry, backward_with_taps
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.averaging import Average
+from safeloop.optim.balancing import BalanceSpec
 from safeloop.optim.combining import CombineSpec
 from safeloop.optim.owner import Owner
 from safeloop.plan import Adapt, Backward, Clip, Finite, Forward, Node, Schedule, Unscale, Update, Zero
 from safeloop.plan import average as plan_average
+from safeloop.plan.balance import Balance
 from safeloop.plan.combine import CombinedBackward
 from safeloop.plan.simultaneous import SeparateBackward
 from safeloop.step.attendance import Attendance
+from safeloop.step.balance import bind_balance
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.clip import clipper
 from safeloop.step.combine import bind_combined
@@ -34,6 +37,7 @@ from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
 from safeloop.step.terms import Evidence, TermReader, no_mapping
 from safeloop.step.turn import Replayer
+from safeloop.step.watch import Watch
 
 Operation = Callable[[Frame], None]
 Losses = Callable[[Any], Mapping[str, Any]]
@@ -112,6 +116,10 @@ class Parts:
     """seed of the run"""
     keeper: BufferKeeper | None = None
     """the buffers from before each turn; None: a refused batch leaves its trace in them"""
+    balance: BalanceSpec | None = None
+    """how the terms' weights follow their gradients; None: they do not"""
+    watch: Watch | None = None
+    """measures gradients inside the forward, on the steps that log"""
     has_declared_phases: bool = False
     """whether every phase says itself what it trains"""
     attendance: Attendance | None = None
@@ -161,7 +169,7 @@ def _bind_forward(node: Forward, parts: Parts) -> Operation:
             observer.forwarded(frame.report.step)
         read(frame, returned)
 
-    return forward
+    return forward if parts.watch is None else parts.watch.during(forward)
 
 
 def _bind_read(phase: str, parts: Parts) -> Callable[[Frame, Mapping[str, Any]], None]:
@@ -203,6 +211,7 @@ def _bind_read(phase: str, parts: Parts) -> Callable[[Frame, Mapping[str, Any]],
 def _bind_backward(node: Backward, parts: Parts) -> Operation:
     source, model, scale = parts.readers[node.phase].rules.source, parts.model, parts.precision.scale
     measures_cut, observer = parts.measures_cut, parts.observer
+    cut_every = parts.balance.every if parts.balance is not None and parts.balance.at == "cut" else None
     tensors = [tensor for name in node.owners for tensor in parts.owners[name].tensors]
     measure = None if parts.exact_every is None else exact_norms(lambda _: tensors, parts.exact_every, scale)
 
@@ -213,7 +222,8 @@ def _bind_backward(node: Backward, parts: Parts) -> Operation:
         try:
             if measure is not None:
                 measure(frame, seeds)
-            if measures_cut and frame.wants_modules and len(frame.roots) > 1:
+            is_due = cut_every is not None and (frame.report.step + 1) % cut_every == 0
+            if ((measures_cut and frame.wants_modules) or is_due) and len(frame.roots) > 1:
                 _keep_geometry(frame, backward_with_taps(frame.roots, seeds), scale)
             else:
                 run_backward(frame.roots, seeds)
@@ -333,6 +343,7 @@ _BINDERS: Mapping[type[Node], Callable[[Any, Parts], Operation]] = {
     Schedule: _bind_schedule,
     Adapt: _bind_adapt,
     plan_average.Average: _bind_average,
+    Balance: bind_balance,
 }
 
 

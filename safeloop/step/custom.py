@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -222,7 +222,9 @@ class CustomRun:
         if self._parts.keeper is not None:
             self._parts.keeper.keep()
         ops = Operations(self._parts, draw, report, is_audited=is_audited, wants_modules=wants_modules)
-        self._run(ops, draw(), report.step)
+        watch = self._parts.watch
+        with watch.on(report, object()) if watch is not None and wants_modules else nullcontext():
+            self._run(ops, draw(), report.step)
 
     def rehearse(self, batch: Any, model: nn.Module) -> list[Node]:
         """What the step would do for a batch: every check, no update, no draw; parameters are then as before."""

@@ -29,6 +29,16 @@ class TermGeometry:
     """the terms, i < j, whose cosine says something"""
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What was measured at one watched tensor."""
+
+    turn: object
+    """of which turn: its gradients belong together"""
+    square: Tensor
+    """the squared norm of the gradient, 0-d"""
+
+
 @dataclass(slots=True)
 class StepReport:
     """What one step measured. Tensors are detached and still on the device; of a repeated phase, the last turn's."""
@@ -51,6 +61,10 @@ class StepReport:
     """owner -> whether clipping changed its gradients: 1 or 0"""
     clipped_norms: dict[str, Reading] = field(default_factory=dict)
     """owner -> norm of its gradients after clipping; filled on the steps that log"""
+    watched: dict[str, Watched] = field(default_factory=dict)
+    """name -> the gradient at a watched tensor; filled on the steps that log"""
+    balanced: dict[str, float] = field(default_factory=dict)
+    """loss term -> its new weight; filled on the steps that balance"""
     inactive: dict[str, float] = field(default_factory=dict)
     """term declared `may_be_constant` -> the part of the step on which it was missing, or reached no parameter"""
     updated: set[str] = field(default_factory=set)
@@ -76,6 +90,8 @@ class Frame:
     """where the loss function is defined"""
     share: float | None = None
     """the part of the window that this micro-batch is; None without accumulation"""
+    turn_key: object = field(default_factory=object)
+    """the same for all micro-batches of a turn, and for no others"""
     is_audited: bool = False
     wants_modules: bool = False
     is_skipped: bool = False

@@ -107,6 +107,13 @@ class TermReader:
             if name in self._seeds:
                 self._seeds[name].fill_(self._weights[name])
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Go on with other weights."""
+        self._weights.update(weights)
+        for name, weight in weights.items():
+            if name in self._seeds:
+                self._seeds[name].fill_(weight)
+
     def read(self, returned: Mapping[str, Any], frame: Frame) -> bool:
         """Fill `frame` with roots, seeds and values; False where some term is not a plain differentiable scalar."""
         is_plain, owned = True, self._owned
