@@ -18,6 +18,8 @@ class Survey:
 
     leaves: dict[int, Tensor] = field(default_factory=dict)
     """id -> leaf whose `.grad` the pass would fill"""
+    used_at: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """id of a leaf -> the lowest and the highest sequence number of the nodes that use it directly"""
     numbers: set[int] = field(default_factory=set)
     """sequence numbers of the inner nodes"""
     old: list[tuple[Any, Any]] = field(default_factory=list)
@@ -48,10 +50,17 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
         if name == _OPAQUE:
             found.is_complete = False
         for following, _ in node.next_functions:
-            if following is None or following in seen:
+            if following is None:
+                continue
+            is_leaf = following.name() == _LEAF
+            if is_leaf:
+                key, number = id(following.variable), node._sequence_nr()
+                low, high = found.used_at.get(key, (number, number))
+                found.used_at[key] = min(low, number), max(high, number)
+            if following in seen:
                 continue
             seen.add(following)
-            if following.name() != _LEAF and following._sequence_nr() < since:
+            if not is_leaf and following._sequence_nr() < since:
                 found.old.append((node, following))
             else:
                 waiting.append(following)
