@@ -165,13 +165,13 @@ class Hearing:
         given = values.get("parameters", ())
         tensors = [given] if isinstance(given, Tensor) else list(given) if isinstance(given, (list, tuple)) else []
         known = self._journal.names
-        names = frozenset(known[id(t)] for t in tensors if id(t) in known)
+        names = frozenset(known[id(t)] for t in tensors if id(t) in known) or frozenset(self._gradients_in(call))
         limit = float(values.get(key, float("inf")))
         self._journal.flush()
         held = [self._journal.state.held.get(name, Held()) for name in names]
-        are_zero = not any(h.passes or h.is_manual for h in held) and all(
-            is_zero(t.grad) for t in tensors if t.grad is not None
-        )
+        gradients = [self._journal.parameters[name].grad for name in names]
+        is_known = any(h.passes or h.is_manual for h in held)
+        are_zero = not is_known and all(is_zero(gradient) for gradient in gradients if gradient is not None)
         event = Clip(call.site, self._journal.iteration, caller.f_code.co_name, limit, names, are_zero)
         self._journal.record(event)
 

@@ -44,7 +44,7 @@ class Lifetimes:
         self._starts.append(first_node)
 
     def updated(self, parameters: Iterable[Tensor], next_node: int) -> None:
-        """These were changed before the node of this sequence number; without a word of it, each iteration changes all."""
+        """These were changed before the node of this number; where nobody tells, each iteration changes all."""
         if self._updated is None:
             self._updated = {}
         self._updated.update(dict.fromkeys(map(id, parameters), next_node))
@@ -94,12 +94,13 @@ class Lifetimes:
             if len(spans) >= _GROWN and name not in self._told:
                 self._told.add(name)
                 yield GraphsKept.fault(
-                    f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with each",
+                    f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with "
+                    "each",
                     where=f"`{name}`",
-                    why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory grows, "
-                    "and a later backward pass would go through all of it",
-                    fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` under "
-                    "torch.no_grad()",
+                    why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory "
+                    "grows, and a later backward pass would go through all of it",
+                    fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` "
+                    "under torch.no_grad()",
                     names=(name,),
                 )
 
@@ -149,8 +150,8 @@ def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) 
     return GraphReachesBack.fault(
         f"the loss reaches back into the graph of an earlier iteration, through `{older.name()}`, to {listed(leaves)}",
         where=f"{place}; {at(site, 'backward')}",
-        why="a state that is carried from batch to batch was not detached: each backward pass goes through all iterations "
-        "before it, whose weights have changed since. retain_graph=True only hides the first error",
+        why="a state that is carried from batch to batch was not detached: each backward pass goes through all "
+        "iterations before it, whose weights have changed since. retain_graph=True only hides the first error",
         fix="cut it at the border: `state = state.detach()` before the next batch",
         names=leaves,
     )
@@ -158,7 +159,8 @@ def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) 
 
 def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:
     return StaleCasts.fault(
-        f"the forward uses a copy of {listed(leaves)} that autocast made in an earlier iteration, before the last update",
+        f"the forward uses a copy of {listed(leaves)} that autocast made in an earlier iteration, before the last "
+        "update",
         where=f"iteration {iteration}; {at(site, 'the backward pass')}",
         why="autocast keeps its copies of the weights until the outermost region ends; a region around the whole loop "
         "never ends, so training goes on with old weights",

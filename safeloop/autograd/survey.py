@@ -27,6 +27,15 @@ class Survey:
     is_complete: bool = True
     """False where a re-entrant checkpoint hides a part of the graph"""
 
+    def note_use(self, following: Any, node: Any) -> bool:
+        """Note that `node` uses what `following` stands for, if that is a leaf; whether it is."""
+        if following.name() != _LEAF:
+            return False
+        leaf, number = id(following.variable), node._sequence_nr()
+        low, high = self.used_at.get(leaf, (number, number))
+        self.used_at[leaf] = min(low, number), max(high, number)
+        return True
+
 
 def survey(*roots: Tensor, since: int = 0) -> Survey:
     """Walk from `roots` to the leaves; nodes with a sequence number below `since` count as old and are not entered."""
@@ -34,12 +43,11 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
     waiting: list[Any] = []
     seen: set[Any] = set()
     for root in roots:
-        if root.grad_fn is None:
-            if root.requires_grad:
-                found.leaves[id(root)] = root
-        elif root.grad_fn not in seen:
+        if root.grad_fn is not None:
+            waiting += [] if root.grad_fn in seen else [root.grad_fn]
             seen.add(root.grad_fn)
-            waiting.append(root.grad_fn)
+        elif root.requires_grad:
+            found.leaves[id(root)] = root
     while waiting:
         node = waiting.pop()
         name = node.name()
@@ -52,11 +60,7 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
         for following, _ in node.next_functions:
             if following is None:
                 continue
-            is_leaf = following.name() == _LEAF
-            if is_leaf:
-                key, number = id(following.variable), node._sequence_nr()
-                low, high = found.used_at.get(key, (number, number))
-                found.used_at[key] = min(low, number), max(high, number)
+            is_leaf = found.note_use(following, node)
             if following in seen:
                 continue
             seen.add(following)

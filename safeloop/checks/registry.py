@@ -109,7 +109,7 @@ FILES: dict[str, str] = {
     "SL640": "update/clip_order.py",  # ClipWithoutEffect
     "SL641": "update/scaling.py",  # ClippedWhileScaled
     "SL642": "update/scaling.py",  # ScaledUpdate
-    "SL643": "update/scaling.py",  # EveryUpdateSkipped
+    "SL643": "update/skipped.py",  # EveryUpdateSkipped
     "SL644": "update/scaling.py",  # ScaleUpdatedTooEarly
     "SL645": "update/schedule_order.py",  # ScheduleBeforeStep
     "SL646": "update/schedule_order.py",  # ScheduleOfAnotherOptimizer (warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def sound(loop: Callable[[Any], None]) -> Callable[[Any], None]:
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with tanh between them."""
     layers: list[nn.Module] = []
-    for width, following in zip(widths, widths[1:], strict=False):
+    for width, following in itertools.pairwise(widths):
         layers += [nn.Linear(width, following), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -698,35 +699,42 @@ def steps_inside_the_backward_pass(watch: Any) -> None:
             audit.step()
 
 
+def none(p: Tensor) -> None:
+    p.grad = None
+
+
+def fill(p: Tensor) -> None:
+    if p.grad is not None:
+        p.grad.fill_(0)
+
+
+def times(p: Tensor) -> None:
+    if p.grad is not None:
+        p.grad *= 0
+
+
+def zero(p: Tensor) -> None:
+    if p.grad is not None:
+        p.grad.detach_()
+        p.grad.zero_()
+
+
+def data(p: Tensor) -> None:
+    if p.grad is not None:
+        p.grad.data.zero_()
+
+
+def entries(p: Tensor) -> None:
+    if p.grad is not None:
+        p.grad[:] = 0
+
+
+def fresh(p: Tensor) -> None:
+    p.grad = torch.zeros_like(p)
+
+
 @sound
 def every_way_to_zero(watch: Any) -> None:
-    def none(p: Tensor) -> None:
-        p.grad = None
-
-    def fill(p: Tensor) -> None:
-        if p.grad is not None:
-            p.grad.fill_(0)
-
-    def times(p: Tensor) -> None:
-        if p.grad is not None:
-            p.grad *= 0
-
-    def zero(p: Tensor) -> None:
-        if p.grad is not None:
-            p.grad.detach_()
-            p.grad.zero_()
-
-    def data(p: Tensor) -> None:
-        if p.grad is not None:
-            p.grad.data.zero_()
-
-    def entries(p: Tensor) -> None:
-        if p.grad is not None:
-            p.grad[:] = 0
-
-    def fresh(p: Tensor) -> None:
-        p.grad = torch.zeros_like(p)
-
     for way in (none, fill, times, zero, data, entries, fresh):
         model = mlp(4, 6, 1)
         optimizer = SGD(model.parameters(), lr=0.05)

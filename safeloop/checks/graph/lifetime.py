@@ -9,9 +9,9 @@ class GraphReachesBack(Check):
     """A loss depends on a graph of an earlier iteration.
 
     ## What it does
-    Looks, before each backward pass, for edges from the graph of this iteration into one that was made with weights from
-    before an earlier update. Speaks when the graph reaches back over two updates, or when the backward pass fails. A
-    loss that is summed over many batches without an update between them is well.
+    Looks, before each backward pass, for edges from the graph of this iteration into one that was made with weights
+    from before an earlier update. Speaks when the graph reaches back over two updates, or when the backward pass
+    fails. A loss that is summed over many batches without an update between them is well.
 
     ## Why it is bad
     A state that is carried from batch to batch was not detached: each backward pass goes through all iterations before
@@ -59,8 +59,8 @@ class GraphsKept(Check):
     """Graphs of earlier iterations are kept alive, more with each one.
 
     ## What it does
-    After iterations 5, 10 and 19, looks through the variables of the loop, the attributes of its `self` and those of the
-    modules, also in lists and dicts, for tensors whose graphs were made before four or more different updates.
+    After iterations 5, 10 and 19, looks through the variables of the loop, the attributes of its `self` and those of
+    the modules, also in lists and dicts, for tensors whose graphs were made before four or more different updates.
 
     ## Why it is bad
     A tensor that is kept keeps its whole graph, with every activation that it saved. Memory grows with each iteration

@@ -10,7 +10,6 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
-
 _MEASURES = 1000.0
 """A limit above it is no limit: the call is there for the norm that it returns."""
 
@@ -19,9 +18,9 @@ class ClipWithoutEffect(EventCheck):
     """Gradients are clipped after the step that used them, or before there are any.
 
     ## What it does
-    Looks, at each `clip_grad_norm_` and `clip_grad_value_`, for gradients that it can still act on. Speaks at the second
-    clip that finds only gradients which a step has used, or only zeros. A limit of infinity, or above 1000, is a way to
-    measure the norm and is left out.
+    Looks, at each `clip_grad_norm_` and `clip_grad_value_`, for gradients that it can still act on. Speaks at the
+    second clip that finds only gradients which a step has used, or only zeros. A limit of infinity, or above 1000, is
+    a way to measure the norm and is left out.
 
     ## Why it is bad
     Nothing uses what it clips: the step before it took the gradients as they were, and the run is as unprotected as

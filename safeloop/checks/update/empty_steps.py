@@ -95,7 +95,8 @@ class StepWithoutGradients(EventCheck):
                 state,
                 "; no backward pass reached them",
                 "the losses do not depend on these parameters, or backward() is never called",
-                "look for a detach() or no_grad between them and the loss, or hand the optimizer the model that is trained",
+                "look for a detach() or no_grad between them and the loss, or hand the optimizer the model that is "
+                "trained",
             )
         self._waiting.clear()
 
@@ -137,8 +138,8 @@ class SteppedAgain(EventCheck):
     """An optimizer steps a second time on gradients that it has used already.
 
     ## What it does
-    Looks for a step whose gradients all come from backward passes that an earlier step has used, and speaks at the third
-    one. Gradients that the loop writes itself, and steps with a closure, are left out.
+    Looks for a step whose gradients all come from backward passes that an earlier step has used, and speaks at the
+    third one. Gradients that the loop writes itself, and steps with a closure, are left out.
 
     ## Why it is bad
     The same gradient is applied twice, at weights for which it was not computed, and counts twice in every moment that

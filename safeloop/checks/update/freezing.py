@@ -17,8 +17,8 @@ class FrozenButMoving(EventCheck):
     """A parameter is frozen, and its optimizer goes on moving it.
 
     ## What it does
-    Looks, at each step, for parameters with `requires_grad=False` whose `.grad` is still there. Speaks at the third step
-    that moves them: with the very gradient of the step before, or with zeros that momentum or weight decay act on.
+    Looks, at each step, for parameters with `requires_grad=False` whose `.grad` is still there. Speaks at the third
+    step that moves them: with the very gradient of the step before, or with zeros that momentum or weight decay act on.
 
     ## Why it is bad
     `requires_grad_(False)` stops new gradients. The last one stays in `.grad`, or zeros do after
@@ -79,8 +79,8 @@ class FrozenButMoving(EventCheck):
                 f"{listed(names)} do not require grad, and still hold a gradient: every step of `{event.owner}` moves "
                 "them",
                 where=at(event.site, f"step of `{event.owner}`"),
-                why="`requires_grad_(False)` stops new gradients; the last one stays in `.grad`, and momentum and weight "
-                "decay act on it",
+                why="`requires_grad_(False)` stops new gradients; the last one stays in `.grad`, and momentum and "
+                "weight decay act on it",
                 fix="set their `.grad` to None when you freeze them, or take them out of the optimizer",
                 names=names,
             )
@@ -179,7 +179,8 @@ class FrozenDuringTraining(EventCheck):
         if not names:
             return
         yield self.fault(
-            f"{listed(names)} were trained until iteration {self._first[names[0]]}, then frozen, and never trained again",
+            f"{listed(names)} were trained until iteration {self._first[names[0]]}, then frozen, and never trained "
+            "again",
             where=f"iteration {self._first[names[0]]}",
             why="something set `requires_grad` to False during training (a probe, an alternating phase) and did not "
             "restore it",

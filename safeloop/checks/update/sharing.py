@@ -83,7 +83,7 @@ class GradientsMixed(EventCheck):
         self._times[event.owner] += 1
         if self._times[event.owner] != 2:
             return
-        name, passes = next(iter(mixed.items()))
+        passes = next(iter(mixed.values()))
         other = _between(passes, event.owner, state)
         assert other is not None
         yield self.fault(
@@ -258,7 +258,6 @@ class ClosureKeepsGradients(EventCheck):
     def __init__(self) -> None:
         self._was_told = False
         self._version: int | None = None
-        self._moved = False
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At a backward pass after the weights have moved inside one step, if nothing was zeroed in this step."""
@@ -267,10 +266,9 @@ class ClosureKeepsGradients(EventCheck):
         owner = state.inside
         if self._was_told or not owner or not isinstance(event, Backward) or not state.is_known:
             return
-        optimizer = state.optimizers.get(owner)
-        if type(optimizer).__name__ != "LBFGS":
+        if type(state.optimizers.get(owner)).__name__ != "LBFGS":
             return
-        version = sum(p._version for group in optimizer.param_groups for p in group["params"])  # type: ignore[union-attr]
+        version = sum(p._version for group in state.optimizers[owner].param_groups for p in group["params"])
         before, self._version = self._version, version
         if before in (None, version) or not any(state.held[n].passes for n in event.reached & state.held.keys()):
             return
@@ -279,7 +277,8 @@ class ClosureKeepsGradients(EventCheck):
             f"the closure of `{owner}` ran backward again without zero_grad: its gradients add up over the evaluations "
             "of one step",
             where=at(event.site, f"closure of `{owner}`"),
-            why="LBFGS evaluates the closure several times in one step and takes `.grad` for the gradient at each point",
+            why="LBFGS evaluates the closure several times in one step and takes `.grad` for the gradient at each "
+            "point",
             fix=f"begin the closure with `{owner}.zero_grad()`",
             names=sorted(event.reached),
         )

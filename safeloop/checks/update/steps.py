@@ -129,9 +129,9 @@ class UpdatedWithoutPart(EventCheck):
     """A parameter that took no part in the step is moved all the same, by weight decay or momentum.
 
     ## What it does
-    Looks for parameters whose gradient is exactly zero because it was filled with zeros and no backward pass has reached
-    them since, where weight decay, or momentum that they have from earlier steps, still moves them. Speaks at the third
-    such step of an optimizer.
+    Looks for parameters whose gradient is exactly zero because it was filled with zeros and no backward pass has
+    reached them since, where weight decay, or momentum that they have from earlier steps, still moves them. Speaks at
+    the third such step of an optimizer.
 
     ## Why it is bad
     An optimizer leaves a parameter alone whose gradient is None. With zeros, weight decay shrinks it at every step and
@@ -195,8 +195,8 @@ class UpdatedWithoutPart(EventCheck):
         yield self.fault(
             f"{listed(names)} took no part in some steps, and `{event.owner}` moved them all the same",
             where=at(event.site, f"step of `{event.owner}`"),
-            why="their gradient is zero, not None: zero_grad(set_to_none=False) keeps it, and weight decay and momentum "
-            "act on every parameter that has one",
+            why="their gradient is zero, not None: zero_grad(set_to_none=False) keeps it, and weight decay and "
+            "momentum act on every parameter that has one",
             fix="leave `set_to_none` at its default (True): a parameter without a gradient is left alone",
             names=names,
         )

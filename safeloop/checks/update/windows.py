@@ -90,11 +90,11 @@ class UnevenMicroBatches(EventCheck):
         if self._times[event.owner] != 2:
             return
         yield self.fault(
-            f"the {len(passes)} micro-batches of one step average their loss over {', '.join(map(str, counts))} tokens or "
-            "samples, and count the same",
+            f"the {len(passes)} micro-batches of one step average their loss over {', '.join(map(str, counts))} "
+            "tokens or samples, and count the same",
             where=at(passes[-1].site, f"step of `{event.owner}`"),
-            why="a mean of means gives a token of a short micro-batch more weight than one of a long one; the gradient is "
-            "not that of the whole batch",
+            why="a mean of means gives a token of a short micro-batch more weight than one of a long one; the "
+            "gradient is not that of the whole batch",
             fix='sum the loss (`reduction="sum"`) and divide by the number of tokens of the whole window; in a Trainer '
             "`accumulate.weight_by: tokens` does it",
             names=(event.owner,),

@@ -163,8 +163,8 @@ class GradientsDiscarded(EventCheck):
             where=f"{at(event.site, 'zero_grad')}; the gradients came from {at(passes[-1].site, 'a backward pass')}",
             why="what backward() adds to `.grad` counts only if a step follows before it is zeroed: of several losses, "
             "or of the micro-batches of one accumulation window, only the last one trains",
-            fix="zero once, before the first backward pass of a step, not between passes; under accumulation only after "
-            "the step",
+            fix="zero once, before the first backward pass of a step, not between passes; under accumulation only "
+            "after the step",
             names=tuple(lost),
         )
         self._pending = frozenset(lost), fault
@@ -199,7 +199,7 @@ def _passes(number: int) -> str:
 
 
 def _was_useful(passed: Backward, state: LoopState) -> bool:
-    """Whether somebody made use of a pass: a step, a line that reads `.grad`, a measured norm, the gradient of an input."""
+    """Whether somebody made use of a pass: a step, a line that reads `.grad`, a measured norm, an input's gradient."""
     if passed.reaches_inputs or passed.makes_graph or passed not in state.recent:
         return True
     after = state.recent[state.recent.index(passed) + 1 :]
