@@ -83,7 +83,6 @@ class LoopWatch:
         self._finds_schedulers = schedulers is None
         self._schedulers: dict[int, tuple[LRScheduler, Any]] = {}
         self._find_schedulers(schedulers or ())
-        self._stepping: Optimizer | None = None
         self._did_step = False
         self._has_updated = True
 
@@ -214,7 +213,7 @@ class LoopWatch:
             frozenset(name for name, p in held if p.grad is None),
             zero,
             tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group),
-            self._stepping is optimizer or is_inside_scaler(),
+            skipped or is_inside_scaler(),
             has_closure,
             self.is_deep,
             frozen,
@@ -237,12 +236,10 @@ class LoopWatch:
         elif what == "unscale":
             self.journal.record(Unscale(user_site(), iteration, owner))
         elif what == "before step":
-            self._stepping, self._did_step = optimizer, False
-        else:
-            if not self._did_step:
-                event = self._update(owner, optimizer, skipped=True)
-                self.journal.record(replace(event, scale=float(scaler.get_scale())))
-            self._stepping = None
+            self._did_step = False
+        elif not self._did_step:
+            event = self._update(owner, optimizer, skipped=True)
+            self.journal.record(replace(event, scale=float(scaler.get_scale())))
 
     def _find_schedulers(self, given: Iterable[LRScheduler] = ()) -> None:
         found = find_schedulers(self._optimizers.values()) if self._finds_schedulers else given

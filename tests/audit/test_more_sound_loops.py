@@ -306,6 +306,55 @@ def manual_updates_beside_an_optimizer(watch: Any) -> None:
 
 
 @sound
+def a_head_that_is_stepped_more_often_than_its_body(watch: Any) -> None:
+    body, head = nn.Linear(4, 6), nn.Linear(6, 3)
+    opt_body, opt_head = SGD(body.parameters(), lr=0.01), SGD(head.parameters(), lr=0.05)
+    with watch({"body": body, "head": head}, {"body": opt_body, "head": opt_head}) as audit:
+        for _ in range(8):
+            opt_body.zero_grad()
+            opt_head.zero_grad()
+            loss_of(nn.Sequential(body, head)).backward()
+            opt_head.step()
+            opt_head.zero_grad()
+            head(body(torch.randn(8, 4))).square().mean().backward()
+            opt_head.step()
+            opt_body.step()
+            audit.step()
+
+
+@sound
+def a_scaler_that_nobody_names_with_two_losses(watch: Any) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with watch(model, optimizer, scaler=()) as audit:
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for _ in range(6):
+            out = model(torch.randn(8, 4))
+            optimizer.zero_grad()
+            scaler.scale(out[:, 0].square().mean()).backward(retain_graph=True)
+            scaler.scale(out[:, 1].square().mean()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            audit.step()
+
+
+@sound
+def an_optimizer_that_is_made_again(watch: Any) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with watch(model, optimizer) as audit:
+        for step in range(12):
+            if step == 6:  # the watched one rests from here on
+                optimizer = SGD(model.parameters(), lr=0.001)
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            audit.step()
+
+
+@sound
 def losses_on_alternating_tasks(watch: Any) -> None:
     body, heads = nn.Linear(4, 6), nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
     optimizer = AdamW([*body.parameters(), *heads.parameters()], lr=0.01)

@@ -808,7 +808,7 @@ def lbfgs_over_micro_batches(watch: Any) -> None:
         for x, y in data:
             loss = F.mse_loss(model(x), y) / 3
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         return total
 
     with watch(model, optimizer) as audit:
