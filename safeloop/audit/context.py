@@ -17,6 +17,7 @@ from safeloop.audit.budget import FIRST_STEPS, Budget, Level
 from safeloop.audit.crash import crash_faults
 from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
+from safeloop.audit.shims import hookable
 from safeloop.checks.stages import setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
@@ -81,7 +82,7 @@ class Audit:
         ownership = owned_by_identity(self.model, self.optimizers)
         self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
-        last = next(reversed(self.optimizers.values()), None)
+        last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         self._tick = None if last is None else last.register_step_post_hook(lambda *_: self._stepped())
         self._watch.dive()
         self._started = time.perf_counter()
@@ -166,7 +167,8 @@ def audit(
         optimizers: one, several, or several by name; without any, only the model is watched.
         scaler: gradient scalers; without, those of the process are found.
         scheduler: learning-rate schedules; without, those of the process that move these parameters are found.
-        level: `off`, `standard` (the first 20 iterations in depth, later ones as `budget` allows) or `full` (every one).
+        level: `off`, `standard` (the first 20 iterations in depth, later ones as `budget` allows) or `full` (every
+            one).
         budget: the share of an iteration's time that deep checks may cost after the first 20; None: all iterations.
         on_fault: `warn` with a `FaultWarning`, `raise` a `FaultError`, or only `collect` in `.faults`.
         accept: code -> name patterns of faults that are meant to be there.

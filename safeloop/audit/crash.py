@@ -63,8 +63,8 @@ def _stepped_between(error: RuntimeError, message: str, model: nn.Module, watch:
             "changed them since the forward",
             where=f"{place}; step of `{event.owner}`: {at(event.site, 'unknown')}",
             why="the graph was made with the old weights, and its derivative needs them",
-            fix="run all backward passes before any step (keep the graph with retain_graph=True), or run the forward again "
-            "after the step",
+            fix="run all backward passes before any step (keep the graph with retain_graph=True), or run the forward "
+            "again after the step",
             names=names,
         )
         return

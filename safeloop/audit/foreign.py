@@ -15,15 +15,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
-from safeloop.audit.journal import Journal
+from safeloop.audit.hearing import Hearing
+from safeloop.audit.journal import Journal, is_zero
 from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_modules
 from safeloop.audit.means import count_means
-from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
+from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, is_inside_scaler, position
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
-from safeloop.autograd.tape import Call
+from safeloop.autograd.tape import Call, next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
 from safeloop.checks.graph.detached import PathCutByData
@@ -62,8 +63,8 @@ class LoopWatch:
         self._model = model
         self._handle = handle
         self._optimizers = optimizers
-        self._parameters = _named(model, optimizers)
-        self._names = {id(p): name for name, p in self._parameters.items()}
+        self.journal = Journal(_named(model, optimizers), optimizers, self._tell)
+        self._parameters, self._names = self.journal.parameters, self.journal.names
         self._events: list[EventCheck] = event_checks(model)
         self._by_data = PathCutByData()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
@@ -72,8 +73,7 @@ class LoopWatch:
         self._events += both
         self.gradients = GradientWatch(model)
         self._lifetimes = Lifetimes(self._names)
-        self.journal = Journal(self._parameters, optimizers, self._tell, self._surveyed)
-        listeners = self.journal.listeners
+        listeners = Hearing(self.journal, self._surveyed, self._found_scaler).listeners
         for name in ("cross_entropy", "nll_loss"):
             listeners.setdefault(name, []).append(count_means)
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
@@ -82,13 +82,16 @@ class LoopWatch:
         self._bad: BadTrace | None = None
         self._is_bad_told = False
         self.is_deep = False
-        self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step)
-        self._shims = [ScalerShim(s, self._scaler_told) for s in (find_scalers() if scalers is None else scalers)]
-        found = find_schedulers(optimizers.values()) if schedulers is None else list(schedulers)
-        self._schedulers = {id(s): (s, position(s)) for s in found}
-        self._stepping: str | None = None
+        broken = self._open.tape.broken
+        self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step, broken)
+        self._shims: dict[int, ScalerShim] = {}
+        for scaler in find_scalers() if scalers is None else scalers:
+            self._found_scaler(scaler)
+        self._finds_schedulers = schedulers is None
+        self._schedulers: dict[int, tuple[LRScheduler, Any]] = {}
+        self._find_schedulers(schedulers or ())
         self._did_step = False
-        self._idle = set(optimizers)
+        self._has_updated = True
 
     @property
     def tape_is_on(self) -> bool:
@@ -103,9 +106,15 @@ class LoopWatch:
             self.journal.open()
         self._open.on()
         self._guards.start()
+        first = self._open.tape.first_node
+        if not self.is_deep:
+            owned = self.journal.state.owner_of or self._parameters
+            self._lifetimes.updated([self._parameters[name] for name in owned], first)
         self.is_deep = True
-        self._lifetimes.begin(self._open.tape.first_node)
-        self.journal.since = self._open.tape.first_node
+        if self._has_updated or not self._optimizers:  # a graph is old when weights have changed since it was made
+            self._has_updated = False
+            self._lifetimes.begin(first)
+            self.journal.since = first
 
     def surface(self) -> None:
         """Leave the following iterations to hooks alone."""
@@ -117,6 +126,8 @@ class LoopWatch:
 
     def iterate(self) -> None:
         """One iteration of the loop is over."""
+        if not self.journal.iteration:
+            self._find_schedulers()
         self._poll_schedulers()
         self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:
@@ -139,8 +150,9 @@ class LoopWatch:
         self._open.off()
         self._guards.stop()
         self._hooks.remove()
-        for shim in self._shims:
+        for shim in self._shims.values():
             shim.remove()
+        self._shims.clear()
 
     def failed(self) -> list[Fault]:
         """What the watch knows of an error that ended the loop."""
@@ -155,6 +167,7 @@ class LoopWatch:
             self._handle(faults)
 
     def _surveyed(self, event: Backward, roots: list[Tensor], found: Survey, call: Call) -> None:
+        self._poll_schedulers()
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
         faults += self._by_data.visited(found.numbers)
         for kind, args in list(call.tape.functions.items()):
@@ -174,13 +187,17 @@ class LoopWatch:
         self._did_step = True
         self._poll_schedulers()
         event = self._update(owner, optimizer, has_closure=has_closure)
-        if self.is_deep and not has_closure:
+        if self.is_deep and not has_closure and not event.was_skipped:
             self._look(owner, optimizer, event)
         self.journal.record(event)
         self.journal.state.inside = owner
 
     def _after_step(self, owner: str, optimizer: Optimizer) -> None:
         self.journal.stepped(owner)
+        self._has_updated = True
+        if self.is_deep:
+            owned = self.journal.state.owners[owner]
+            self._lifetimes.updated([self._parameters[name] for name in owned], next_node())
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
         self._handle(self._guards.after_backward("", f"iteration {self.journal.iteration}"))
@@ -210,34 +227,35 @@ class LoopWatch:
         return not math.isfinite(float(values.detach().float().norm()))
 
     def _update(self, owner: str, optimizer: Optimizer, *, has_closure: bool = False, skipped: bool = False) -> Update:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        names = self._names
-        stale = frozenset(names[id(p)] for p in held if not p.requires_grad and p.grad is not None)
-        zero: frozenset[str] = frozenset()
-        bad: tuple[str, ...] = ()
-        if self.is_deep and not has_closure:
-            dense = [(names[id(p)], p.grad) for p in held if p.grad is not None and not p.grad.is_sparse]
-            zero = frozenset(name for name, gradient in dense if not bool(gradient.any()))
-        if skipped:
-            bad = tuple(names[id(p)] for p in held if self._is_bad(p))
+        held = self.journal.claim(owner, optimizer)
+        skipped = skipped or (
+            self.is_deep and bool(getattr(optimizer, "found_inf", False))
+        )  # a fused step skips itself
+        frozen = frozenset(name for name, p in held if not p.requires_grad)
+        looked_at = [(n, p.grad) for n, p in held if p.grad is not None and (n in frozen or self.is_deep)]
+        zero = frozenset(n for n, gradient in looked_at if is_zero(gradient)) if not has_closure else frozenset()
         return Update(
             user_site(),
             self.journal.iteration,
             owner,
-            frozenset(names[id(p)] for p in held if p.grad is None),
+            frozenset(name for name, p in held if p.grad is None),
             zero,
             tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group),
-            self._stepping == owner,
+            skipped or is_inside_scaler(),
             has_closure,
             self.is_deep,
-            frozenset(names[id(p)] for p in held if not p.requires_grad),
-            stale,
-            bad,
+            frozen,
+            frozenset(name for name, p in held if name in frozen and p.grad is not None),
+            tuple(name for name, p in held if self._is_bad(p)) if skipped else (),
             skipped,
         )
 
-    def _scaler_told(self, what: str, optimizer: Optimizer | None) -> None:
-        owner = next((name for name, known in self._optimizers.items() if known is optimizer), None)
+    def _found_scaler(self, scaler: GradScaler) -> None:
+        if id(scaler) not in self._shims:
+            self._shims[id(scaler)] = ScalerShim(scaler, self._scaler_told, self._open.tape.broken)
+
+    def _scaler_told(self, what: str, optimizer: Optimizer | None, scaler: GradScaler) -> None:
+        owner = self.journal.owner_of(optimizer)
         iteration = self.journal.iteration
         if what == "update":
             self.journal.record(ScaleUpdate(user_site(), iteration))
@@ -246,11 +264,15 @@ class LoopWatch:
         elif what == "unscale":
             self.journal.record(Unscale(user_site(), iteration, owner))
         elif what == "before step":
-            self._stepping, self._did_step = owner, False
-        else:
-            if not self._did_step:
-                self.journal.record(self._update(owner, optimizer, skipped=True))
-            self._stepping = None
+            self._did_step = False
+        elif not self._did_step:
+            event = self._update(owner, optimizer, skipped=True)
+            self.journal.record(replace(event, scale=float(scaler.get_scale())))
+
+    def _find_schedulers(self, given: Iterable[LRScheduler] = ()) -> None:
+        found = find_schedulers(self._optimizers.values()) if self._finds_schedulers else given
+        for scheduler in found:
+            self._schedulers.setdefault(id(scheduler), (scheduler, position(scheduler)))
 
     def _poll_schedulers(self) -> None:
         for key, (scheduler, before) in self._schedulers.items():
@@ -258,7 +280,7 @@ class LoopWatch:
             if now != before:
                 self._schedulers[key] = (scheduler, now)
                 optimizer = scheduler.optimizer
-                owner = next((name for name, known in self._optimizers.items() if known is optimizer), "")
+                owner = self.journal.owner_of(optimizer) or ""
                 called = bool(getattr(optimizer, "_opt_called", False))
                 self.journal.record(Schedule(None, self.journal.iteration, owner, scheduler, called))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -34,12 +35,19 @@ class Lifetimes:
     def __init__(self, names: Mapping[int, str]) -> None:
         self._names = names
         self._starts: list[int] = []
+        self._updated: dict[int, int] | None = None
         self._suspect: Fault | None = None
         self._told: set[str] = set()
 
     def begin(self, first_node: int) -> None:
         """An iteration begins, whose first node will have this sequence number."""
         self._starts.append(first_node)
+
+    def updated(self, parameters: Iterable[Tensor], next_node: int) -> None:
+        """These were changed before the node of this number; where nobody tells, each iteration changes all."""
+        if self._updated is None:
+            self._updated = {}
+        self._updated.update(dict.fromkeys(map(id, parameters), next_node))
 
     def reached(self, found: Survey, tape: Tape, site: Site | None, iteration: int) -> Iterator[Fault]:
         """Faults of a backward pass whose graph has edges into an earlier iteration.
@@ -48,7 +56,7 @@ class Lifetimes:
         loop that makes the graph of the next iteration ahead. `suspect` holds the fault meanwhile.
         """
         for node, older in found.old:
-            leaves = [self._names[key] for key in leaves_below(older) if key in self._names]
+            leaves = [self._names[key] for key in leaves_below(older) if self._is_stale(key, older._sequence_nr())]
             if not leaves:
                 continue
             origin = tape.origins.get(node._sequence_nr())
@@ -58,8 +66,12 @@ class Lifetimes:
                 continue
             fault = _reaches_back(older, leaves, place, site)
             self._suspect = fault
-            if len(self._starts) > 1 and older._sequence_nr() < self._starts[-2]:
+            if len(self._starts) > 1 and _oldest(older) < self._starts[-2]:
                 yield from self._once(fault)
+
+    def _is_stale(self, key: int, number: int) -> bool:
+        """Whether a node was made with an older value of a parameter than it has now."""
+        return key in self._names and (self._updated is None or number < self._updated.get(key, 0))
 
     def suspicion(self) -> Iterator[Fault]:
         """The fault of a graph that reached back, after a backward pass has failed."""
@@ -70,19 +82,25 @@ class Lifetimes:
         """Faults of values by name that keep graphs of several earlier iterations."""
         if len(self._starts) <= _GROWN or GraphReachesBack.code in self._told:
             return
+        shown: set[int] = set()
         for name, value in holders:
             spans: set[int] = set()
-            for tensor in _tensors(value):
-                spans |= self._spanned(tensor)
+            kept = [(tensor, self._spanned(tensor)) for tensor in _tensors(value)]
+            for tensor, old in kept:
+                if id(tensor) not in shown:  # a container of a container that was named shows nothing new
+                    spans |= old
+            if len(spans) >= _GROWN:
+                shown |= {id(tensor) for tensor, old in kept if old}
             if len(spans) >= _GROWN and name not in self._told:
                 self._told.add(name)
                 yield GraphsKept.fault(
-                    f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with each",
+                    f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with "
+                    "each",
                     where=f"`{name}`",
-                    why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory grows, "
-                    "and a later backward pass would go through all of it",
-                    fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` under "
-                    "torch.no_grad()",
+                    why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory "
+                    "grows, and a later backward pass would go through all of it",
+                    fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` "
+                    "under torch.no_grad()",
                     names=(name,),
                 )
 
@@ -114,12 +132,26 @@ class Lifetimes:
             yield fault
 
 
+def _oldest(node: Any) -> int:
+    """The lowest sequence number of the inner nodes below a node, as far as a walk of some length comes."""
+    lowest = int(node._sequence_nr())
+    waiting, seen = [node], {node}
+    while waiting and len(seen) < _MOST:
+        current = waiting.pop()
+        for following, _ in current.next_functions:
+            if following is not None and following not in seen and "AccumulateGrad" not in following.name():
+                seen.add(following)
+                waiting.append(following)
+                lowest = min(lowest, int(following._sequence_nr()))
+    return lowest
+
+
 def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) -> Fault:
     return GraphReachesBack.fault(
         f"the loss reaches back into the graph of an earlier iteration, through `{older.name()}`, to {listed(leaves)}",
         where=f"{place}; {at(site, 'backward')}",
-        why="a state that is carried from batch to batch was not detached: each backward pass goes through all iterations "
-        "before it, whose weights have changed since. retain_graph=True only hides the first error",
+        why="a state that is carried from batch to batch was not detached: each backward pass goes through all "
+        "iterations before it, whose weights have changed since. retain_graph=True only hides the first error",
         fix="cut it at the border: `state = state.detach()` before the next batch",
         names=leaves,
     )
@@ -127,7 +159,8 @@ def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) 
 
 def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:
     return StaleCasts.fault(
-        f"the forward uses a copy of {listed(leaves)} that autocast made in an earlier iteration, before the last update",
+        f"the forward uses a copy of {listed(leaves)} that autocast made in an earlier iteration, before the last "
+        "update",
         where=f"iteration {iteration}; {at(site, 'the backward pass')}",
         why="autocast keeps its copies of the weights until the outermost region ends; a region around the whole loop "
         "never ends, so training goes on with old weights",
@@ -168,7 +201,7 @@ def vars_of(value: Any) -> dict[str, Any]:
 def _tensors(value: Any, depth: int = 2) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif (depth and isinstance(value, (list, tuple, set, frozenset))) or type(value).__name__ == "deque":
+    elif depth and isinstance(value, (list, tuple, set, frozenset, deque)):
         for item in list(value)[-200:]:
             yield from _tensors(item, depth - 1)
     elif depth and isinstance(value, dict):

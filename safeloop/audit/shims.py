@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.amp import GradScaler
+from torch.amp import GradScaler, grad_scaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from safeloop.faults import FaultError
+
 
 class OptimizerHooks:
-    """Tells before and after each step of an optimizer; nothing else of it is touched."""
+    """Tells before and after each step of an optimizer; nothing else of it is touched.
+
+    Args:
+        optimizers: by name; a wrapper that is no optimizer of its own is watched by the one that it holds.
+        before: is called with the name, the optimizer, and whether the step has a closure.
+        after: is called with the name and the optimizer.
+        broken: takes errors of these two, which are our own bugs and must not end the loop.
+    """
 
     def __init__(
         self,
         optimizers: Mapping[str, Optimizer],
         before: Callable[[str, Optimizer, bool], None],
         after: Callable[[str, Optimizer], None],
+        broken: list[Exception],
     ) -> None:
         self._handles: list[Any] = []
         for name, optimizer in optimizers.items():
+            hooked = hookable(optimizer)
+            if hooked is None:
+                continue
 
             def pre(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
-                before(owner, opt, bool([a for a in args[1:] if callable(a)] or kwargs.get("closure")))
+                with _guarded(broken):
+                    before(owner, opt, bool([a for a in args[1:] if callable(a)] or kwargs.get("closure")))
 
             def post(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
-                after(owner, opt)
+                with _guarded(broken):
+                    after(owner, opt)
 
-            self._handles.append(optimizer.register_step_pre_hook(pre))
-            self._handles.append(optimizer.register_step_post_hook(post))
+            self._handles.append(hooked.register_step_pre_hook(pre))
+            self._handles.append(hooked.register_step_post_hook(post))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -41,44 +58,104 @@ class OptimizerHooks:
         self._handles.clear()
 
 
+def hookable(optimizer: Any) -> Optimizer | None:
+    """The optimizer whose step runs: the one that a wrapper holds, where it has no hooks of its own; None for none."""
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return optimizer  # type: ignore[no-any-return]
+    for name in ("optimizer", "base_optimizer", "_optimizer"):
+        inner = getattr(optimizer, name, None)
+        if inner is not None and inner is not optimizer and (found := hookable(inner)) is not None:
+            return found
+    return None
+
+
+@contextmanager
+def _guarded(broken: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except FaultError:
+        raise
+    except Exception as error:
+        broken.append(error)
+
+
+class _Method:
+    """A method of one gradient scaler that tells of its calls; copied or pickled, it is the plain method again."""
+
+    def __init__(self, scaler: GradScaler, name: str, call: Callable[..., Any]) -> None:
+        self.plain = getattr(scaler, name)
+        self._scaler, self._name, self._call = scaler, name, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self.plain, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._scaler, self._name)
+
+
 class ScalerShim:
     """Tells of `unscale_`, `step` and `update` of one gradient scaler, by attributes of the instance.
 
     Args:
         scaler: a `torch.amp.GradScaler`.
-        told: is called with `unscale`, `before step`, `after step` or `update`, and the optimizer or None.
+        told: is called with `unscale`, `before step`, `after step` or `update`, the optimizer or None, and the
+            scaler.
+        broken: takes errors of `told`.
     """
 
-    def __init__(self, scaler: GradScaler, told: Callable[[str, Optimizer | None], None]) -> None:
+    def __init__(
+        self, scaler: GradScaler, told: Callable[[str, Optimizer | None, GradScaler], None], broken: list[Exception]
+    ) -> None:
         self._scaler = scaler
 
-        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            told("before step", optimizer)
-            try:
-                return type(scaler).step(scaler, optimizer, *args, **kwargs)
-            finally:
-                told("after step", optimizer)
+        def tell(what: str, optimizer: Optimizer | None = None) -> None:
+            with _guarded(broken):
+                told(what, optimizer, scaler)
 
-        def unscale_(optimizer: Optimizer) -> None:
-            type(scaler).unscale_(scaler, optimizer)
-            told("unscale", optimizer)
+        def step(plain: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            tell("before step", optimizer)
+            out = plain(optimizer, *args, **kwargs)
+            tell("after step", optimizer)
+            return out
 
-        def update(*args: Any, **kwargs: Any) -> None:
-            type(scaler).update(scaler, *args, **kwargs)
-            told("update", None)
+        def unscale_(plain: Callable[..., Any], optimizer: Optimizer) -> None:
+            plain(optimizer)
+            tell("unscale", optimizer)
 
-        if scaler.is_enabled():
-            scaler.__dict__.update(step=step, unscale_=unscale_, update=update)
+        def update(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+            plain(*args, **kwargs)
+            tell("update")
+
+        calls = {"step": step, "unscale_": unscale_, "update": update} if scaler.is_enabled() else {}
+        self._before = {name: scaler.__dict__[name] for name in calls if name in scaler.__dict__}
+        self._methods = {name: _Method(scaler, name, call) for name, call in calls.items()}
+        scaler.__dict__.update(self._methods)
 
     def remove(self) -> None:
-        """Take the attributes away."""
-        for name in ("step", "unscale_", "update"):
-            self._scaler.__dict__.pop(name, None)
+        """Put back what was there."""
+        for name, method in self._methods.items():
+            if self._scaler.__dict__.get(name) is not method:
+                continue
+            del self._scaler.__dict__[name]
+            if name in self._before:
+                self._scaler.__dict__[name] = self._before[name]
+
+
+def is_inside_scaler() -> bool:
+    """Whether a method of a gradient scaler is running, also of one that nobody knows of."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(40):
+        if frame is None:
+            return False
+        if frame.f_code.co_filename == grad_scaler.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def find_scalers() -> list[GradScaler]:
     """Every gradient scaler of the process, for a loop that does not say which it uses."""
-    return [thing for thing in gc.get_objects() if _is(thing, GradScaler)]
+    return _alive(GradScaler)
 
 
 def find_schedulers(optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
@@ -88,9 +165,7 @@ def find_schedulers(optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     found = []
-    for thing in gc.get_objects():
-        if not _is(thing, LRScheduler):
-            continue
+    for thing in _alive(LRScheduler):
         with suppress(AttributeError, TypeError):
             if any(id(p) in held for group in thing.optimizer.param_groups for p in group["params"]):
                 found.append(thing)
@@ -103,9 +178,14 @@ def position(scheduler: LRScheduler) -> tuple[Any, Any]:
     return getattr(scheduler, "_step_count", None), getattr(scheduler, "last_epoch", None)
 
 
-def _is(thing: object, kind: type) -> bool:
-    """`isinstance` that asks the real type alone: a proxy of somebody's may answer with an import or an error."""
-    return issubclass(type(thing), kind)
+def _alive(kind: type) -> list[Any]:
+    """Every object of a class in the process.
+
+    Asks the real type alone: a proxy of somebody's may answer `isinstance` with an import or an error.
+    """
+    things = gc.get_objects()
+    kinds = {known for known in set(map(type, things)) if issubclass(known, kind)}
+    return [thing for thing in things if type(thing) in kinds] if kinds else []
 
 
 def autocast_depth() -> int:

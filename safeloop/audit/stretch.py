@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from torch import nn
-from torch.overrides import _get_current_function_mode
+from torch.overrides import _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from safeloop.autograd.tape import Call, Listener, Tape
 from safeloop.checks.check import CallCheck
@@ -39,7 +39,7 @@ def _listener(check: CallCheck, handle: Callable[[list[Fault]], None]) -> Listen
 class OpenTape:
     """A tape that stays on over the iterations of a loop that is not ours, and is taken off between two of them.
 
-    A mode is the top of a stack: where the loop has put one of its own above it, ours is made deaf until it can go.
+    A mode lies on a stack: where the loop has put others above it, they are put back when ours has gone.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -58,11 +58,16 @@ class OpenTape:
         """Switch off."""
         if not self.is_on:
             return
-        if _get_current_function_mode() is self.tape:  # type: ignore[no-untyped-call]
-            self.tape.__exit__(None, None, None)
-            self.is_on = False
-        else:
-            self.tape.is_deaf = True
+        if self.tape not in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            self.tape.is_deaf = True  # the stack of another thread
+            return
+        above = []
+        while _get_current_function_mode() is not self.tape:  # type: ignore[no-untyped-call]
+            above.append(_pop_mode())  # type: ignore[no-untyped-call]
+        self.tape.__exit__(None, None, None)
+        self.is_on = False
+        for mode in reversed(above):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def is_compiled(model: nn.Module) -> bool:

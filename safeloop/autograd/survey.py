@@ -18,12 +18,23 @@ class Survey:
 
     leaves: dict[int, Tensor] = field(default_factory=dict)
     """id -> leaf whose `.grad` the pass would fill"""
+    used_at: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """id of a leaf -> the lowest and the highest sequence number of the nodes that use it directly"""
     numbers: set[int] = field(default_factory=set)
     """sequence numbers of the inner nodes"""
     old: list[tuple[Any, Any]] = field(default_factory=list)
     """edges (node, older node) from this iteration's part of the graph into nodes that are older than `since`"""
     is_complete: bool = True
     """False where a re-entrant checkpoint hides a part of the graph"""
+
+    def note_use(self, following: Any, node: Any) -> bool:
+        """Note that `node` uses what `following` stands for, if that is a leaf; whether it is."""
+        if following.name() != _LEAF:
+            return False
+        leaf, number = id(following.variable), node._sequence_nr()
+        low, high = self.used_at.get(leaf, (number, number))
+        self.used_at[leaf] = min(low, number), max(high, number)
+        return True
 
 
 def survey(*roots: Tensor, since: int = 0) -> Survey:
@@ -32,12 +43,11 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
     waiting: list[Any] = []
     seen: set[Any] = set()
     for root in roots:
-        if root.grad_fn is None:
-            if root.requires_grad:
-                found.leaves[id(root)] = root
-        elif root.grad_fn not in seen:
+        if root.grad_fn is not None:
+            waiting += [] if root.grad_fn in seen else [root.grad_fn]
             seen.add(root.grad_fn)
-            waiting.append(root.grad_fn)
+        elif root.requires_grad:
+            found.leaves[id(root)] = root
     while waiting:
         node = waiting.pop()
         name = node.name()
@@ -48,10 +58,13 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
         if name == _OPAQUE:
             found.is_complete = False
         for following, _ in node.next_functions:
-            if following is None or following in seen:
+            if following is None:
+                continue
+            is_leaf = found.note_use(following, node)
+            if following in seen:
                 continue
             seen.add(following)
-            if following.name() != _LEAF and following._sequence_nr() < since:
+            if not is_leaf and following._sequence_nr() < since:
                 found.old.append((node, following))
             else:
                 waiting.append(following)

@@ -146,7 +146,7 @@ class Tape(TorchFunctionMode):
         self.names = tuple(name for name, _ in named)
         self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
         self._paths = {id(module): name or "(root)" for name, module in self._model.named_modules()}
-        self.first_node = _next_node()
+        self.first_node = next_node()
 
     def __enter__(self) -> Tape:
         self._hooks = [
@@ -351,7 +351,7 @@ def _in_checkpoint() -> bool:
     return False
 
 
-def _next_node() -> int:
+def next_node() -> int:
     """The sequence number that the next node of this thread gets."""
     with torch.enable_grad():
         probe = torch.zeros((), requires_grad=True).view(())

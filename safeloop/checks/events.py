@@ -28,7 +28,7 @@ class Backward(Event):
     is_complete: bool
     """False where a re-entrant checkpoint hides what else is reached"""
     reaches_inputs: bool
-    """whether it also reaches leaves that are no parameters, such as an input whose gradient is wanted"""
+    """whether somebody may want more of it than `.grad`: it reaches leaves that are no parameters, or hooks"""
     is_scaled: bool = False
     """whether a gradient scaler multiplied the loss"""
     factor: float | None = None
@@ -41,6 +41,8 @@ class Backward(Event):
     """the sequence numbers of the nodes that it visits"""
     counts: tuple[tuple[Site | None, int], ...] = ()
     """lines that took a mean, and over how many values"""
+    used_at: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """parameter -> the lowest and the highest sequence number of the nodes that use it directly"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +58,7 @@ class GradientUse(Event):
 
     is_write: bool
     parameters: frozenset[str]
+    """`""` stands for a tensor that is no parameter"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +68,8 @@ class Clip(Event):
     function: str
     limit: float
     parameters: frozenset[str]
+    are_zero: bool = False
+    """whether every gradient was exactly zero"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,10 +114,12 @@ class Update(Event):
     frozen: frozenset[str] = frozenset()
     """parameters that do not require grad now"""
     frozen_with_gradient: frozenset[str] = frozenset()
-    """those of them that hold a gradient"""
+    """those of them that hold a gradient, which is then in `zero` if it is zero"""
     bad: tuple[str, ...] = ()
     """parameters with a gradient that is not finite; filled where the scaler skipped the step"""
     was_skipped: bool = False
+    scale: float | None = None
+    """the factor of the gradient scaler that skipped it"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,8 +143,8 @@ class Held:
 class LoopState:
     """What holds in a loop that is watched, kept up to date by the journal before a check sees an event."""
 
-    owner_of: Mapping[str, str]
-    owners: Mapping[str, frozenset[str]]
+    owner_of: dict[str, str] = field(default_factory=dict)
+    owners: dict[str, frozenset[str]] = field(default_factory=dict)
     """owner -> its trainable parameters"""
     held: dict[str, Held] = field(default_factory=dict)
     updates: dict[str, int] = field(default_factory=dict)
@@ -154,3 +161,5 @@ class LoopState:
     inside: str = ""
     """the owner whose step is running"""
     optimizers: Mapping[str, Any] = field(default_factory=dict)
+    name_of: Mapping[int, str] = field(default_factory=dict)
+    """id of a parameter -> its name"""

@@ -124,25 +124,25 @@ FILES: dict[str, str] = {
     "SL626": "update/balance.py",  # NothingToBalance
     "SL630": "update/zeroing.py",  # GradientsNotZeroed
     "SL631": "update/zeroing.py",  # GradientsDiscarded
-    "SL632": "update/zeroing.py",  # StepWithoutGradients
+    "SL632": "update/empty_steps.py",  # StepWithoutGradients
     "SL633": "update/sharing.py",  # GradientsMixed
     "SL634": "update/sharing.py",  # LossCountedTwice (warning)
     "SL635": "update/steps.py",  # OptimizerNeverSteps
     "SL636": "update/steps.py",  # UpdatedWithoutPart (warning)
     "SL637": "update/sharing.py",  # ClosureKeepsGradients
-    "SL638": "update/zeroing.py",  # SteppedAgain (warning)
+    "SL638": "update/empty_steps.py",  # SteppedAgain (warning)
     "SL640": "update/clip_order.py",  # ClipWithoutEffect
     "SL641": "update/scaling.py",  # ClippedWhileScaled
     "SL642": "update/scaling.py",  # ScaledUpdate
-    "SL643": "update/scaling.py",  # EveryUpdateSkipped
+    "SL643": "update/skipped.py",  # EveryUpdateSkipped
     "SL644": "update/scaling.py",  # ScaleUpdatedTooEarly
     "SL645": "update/schedule_order.py",  # ScheduleBeforeStep
     "SL646": "update/schedule_order.py",  # ScheduleOfAnotherOptimizer (warning)
     "SL647": "update/schedule_order.py",  # LearningRateZero
     "SL648": "graph/lifetime.py",  # StaleCasts
     "SL649": "update/windows.py",  # UnevenMicroBatches (warning)
-    "SL650": "update/steps.py",  # FrozenDuringTraining (warning)
-    "SL651": "update/steps.py",  # FrozenButMoving (warning)
+    "SL650": "update/freezing.py",  # FrozenDuringTraining (warning)
+    "SL651": "update/freezing.py",  # FrozenButMoving (warning)
     "SL652": "update/windows.py",  # TailWindow (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric

@@ -34,12 +34,15 @@ from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, Te
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
-from safeloop.checks.update.scaling import ClippedWhileScaled, EveryUpdateSkipped, ScaledUpdate, ScaleUpdatedTooEarly
+from safeloop.checks.update.empty_steps import SteppedAgain, StepWithoutGradients
+from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
+from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
 from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
-from safeloop.checks.update.steps import FrozenButMoving, FrozenDuringTraining, OptimizerNeverSteps, UpdatedWithoutPart
+from safeloop.checks.update.skipped import EveryUpdateSkipped
+from safeloop.checks.update.steps import OptimizerNeverSteps, UpdatedWithoutPart
 from safeloop.checks.update.windows import TailWindow, UnevenMicroBatches
-from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed, SteppedAgain, StepWithoutGradients
+from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed
 from safeloop.checks.views import GradientsView, SetupView, TermsView
 from safeloop.faults import Fault
 

@@ -12,7 +12,25 @@ from safeloop.checks.source import at
 from safeloop.faults import Fault
 
 _PAIRS = frozenset(
-    ["sub", "__sub__", "subtract", "rsub", "__rsub__", "mul", "__mul__", "add", "__add__", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss", "kl_div"]
+    [
+        "sub",
+        "__sub__",
+        "subtract",
+        "rsub",
+        "__rsub__",
+        "mul",
+        "__mul__",
+        "add",
+        "__add__",
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "poisson_nll_loss",
+        "kl_div",
+    ]
 )
 _LOSSES = frozenset(name for name in _PAIRS if "loss" in name or "entropy" in name or name == "kl_div")
 

@@ -10,9 +10,48 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
+_MEASURES = 1000.0
+"""A limit above it is no limit: the call is there for the norm that it returns."""
+
 
 class ClipWithoutEffect(EventCheck):
     """Gradients are clipped after the step that used them, or before there are any.
+
+    ## What it does
+    Looks, at each `clip_grad_norm_` and `clip_grad_value_`, for gradients that it can still act on. Speaks at the
+    second clip that finds only gradients which a step has used, or only zeros. A limit of infinity, or above 1000, is
+    a way to measure the norm and is left out.
+
+    ## Why it is bad
+    Nothing uses what it clips: the step before it took the gradients as they were, and the run is as unprotected as
+    without the clip.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            audit.step()
+    ```
+    ## Fix
+    Clip between backward() and step(): backward, clip, step.
 
     ## Source
     https://github.com/VGraphRNN/VGRNN/issues/4.
@@ -26,15 +65,17 @@ class ClipWithoutEffect(EventCheck):
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the second clip that finds only gradients which a step has used already, or none."""
-        if not isinstance(event, Clip) or event.limit == float("inf") or not state.is_known:
+        if not isinstance(event, Clip) or event.limit > _MEASURES or not state.is_known:
             return
         held = {name: state.held[name] for name in event.parameters & state.held.keys()}
         if not held or any(h.is_manual or len(h.passes) > h.used for h in held.values()):
             return
+        is_late = any(h.used for h in held.values())
+        if not is_late and not event.are_zero:
+            return
         self._times += 1
         if self._times != 2:
             return
-        is_late = any(h.used for h in held.values())
         yield self.fault(
             f"`{event.function.strip('_')}` ran "
             + ("after the step had used the gradients" if is_late else "before a backward pass had made gradients")

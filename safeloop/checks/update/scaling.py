@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Clip, Event, LoopState, ScaleUpdate, Update
+from safeloop.checks.events import Clip, Event, LoopState, ScaleUpdate, Unscale, Update
 from safeloop.checks.source import at
-from safeloop.checks.wording import counted, listed
+from safeloop.checks.wording import listed
 from safeloop.faults import Fault
-
-_OVERFLOWS = 8
-"""A scale of 65536 that is halved so often is at 256: more overflows in a row are no search for the right scale."""
 
 
 def _scaled(names: frozenset[str], state: LoopState) -> list[str]:
@@ -23,6 +19,48 @@ def _scaled(names: frozenset[str], state: LoopState) -> list[str]:
 
 class ClippedWhileScaled(EventCheck):
     """Gradients are clipped while they are still multiplied by the scale of the gradient scaler.
+
+    ## What it does
+    Follows which gradients come from a loss that `scaler.scale()` multiplied and that `scaler.unscale_()` has not yet
+    divided, and looks for a clip of them. Gradients that the loop divides itself are left out.
+
+    ## Why it is bad
+    The limit is compared with gradients that are thousands of times too large. Nearly everything is clipped, the more
+    the larger the scale: the effective limit is `max_norm / scale`, and training crawls.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1))
+            scaler.scale(loss).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1))
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            audit.step()
+    ```
+    ## Fix
+    Call `scaler.unscale_(optimizer)` before the clip; `scaler.step()` then leaves the gradients as they are.
 
     ## Source
     https://github.com/Lightning-AI/pytorch-lightning/issues/9599; documentation of `torch.amp`, "Gradient clipping".
@@ -56,6 +94,44 @@ class ClippedWhileScaled(EventCheck):
 class ScaledUpdate(EventCheck):
     """An optimizer steps on gradients that are still multiplied by the scale of the gradient scaler.
 
+    ## What it does
+    Follows which gradients come from a loss that `scaler.scale()` multiplied, and looks for a step on them that goes
+    neither through `scaler.step()` nor after `scaler.unscale_()`.
+
+    ## Why it is bad
+    The learning rate is too large by the scale, 65536 at the start; under Adam it is eps and the weight decay that are
+    off. An overflow is not skipped, and makes every weight NaN.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1))
+            scaler.scale(loss).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            audit.step()
+    ```
+    ## Fix
+    Replace `optimizer.step()` by `scaler.step(optimizer)`, then `scaler.update()`.
+
     ## Source
     https://github.com/harubaru/waifu-diffusion/issues/64.
     """
@@ -84,55 +160,51 @@ class ScaledUpdate(EventCheck):
         )
 
 
-class EveryUpdateSkipped(EventCheck):
-    """The gradient scaler skips every update, because a gradient is never finite.
-
-    ## Source
-    https://github.com/facebookresearch/habitat-lab/issues/2226; documentation of `torch.amp.GradScaler.step`.
-    """
-
-    code = "SL643"
-    title = "every update skipped"
-
-    def __init__(self) -> None:
-        self._row: Counter[str] = Counter()
-        self._last: dict[str, Update] = {}
-        self._told: set[str] = set()
-
-    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the eighth skip in a row."""
-        if not isinstance(event, Update) or not event.is_scaled_step:
-            return
-        self._row[event.owner] = self._row[event.owner] + 1 if event.was_skipped else 0
-        if event.was_skipped:
-            self._last[event.owner] = event
-        yield from self._skipped(event.owner, _OVERFLOWS)
-
-    def close(self, state: LoopState) -> Iterator[Fault]:
-        """Where the watch ends after at least 5 in a row."""
-        for owner in list(self._row):
-            yield from self._skipped(owner, 5)
-
-    def _skipped(self, owner: str, patience: int) -> Iterator[Fault]:
-        count = self._row[owner]
-        if count < patience or owner in self._told:
-            return
-        self._told.add(owner)
-        event = self._last[owner]
-        yield self.fault(
-            f"the gradient scaler skipped {counted(count, 'update')} of `{owner}` in a row: the gradients of "
-            f"{listed(event.bad) if event.bad else 'some parameters'} are not finite",
-            where=at(event.site, f"scaler.step({owner})"),
-            why="halving the scale cures an overflow; a gradient that stays NaN or infinite has another cause, and "
-            "nothing is trained meanwhile",
-            fix="look for sqrt, log, division or a power at the edge of its domain, also behind torch.where, on the way "
-            "to these parameters",
-            names=event.bad,
-        )
-
-
 class ScaleUpdatedTooEarly(EventCheck):
     """The scale is adapted between a backward pass and the unscaling of its gradients.
+
+    ## What it does
+    Looks, at each `scaler.step()`, for gradients that were scaled before the last `scaler.update()`, and speaks at the
+    first one.
+
+    ## Why it is bad
+    When that update changes the scale, the gradients are divided by another factor than they were multiplied by: twice
+    as large or half as large a step, at rare moments that nobody connects with it.
+
+    ## Bad
+    ```python
+    body, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    opt_body, opt_head = torch.optim.SGD(body.parameters(), lr=0.01), torch.optim.SGD(head.parameters(), lr=0.01)
+    models, optimizers = {"body": body, "head": head}, {"opt_body": opt_body, "opt_head": opt_head}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sl.audit(model=models, optimizers=optimizers, on_fault="collect") as audit:
+        for _ in range(6):
+            opt_body.zero_grad()
+            opt_head.zero_grad()
+            scaler.scale(F.mse_loss(head(body(torch.randn(8, 4))), torch.randn(8, 1))).backward()
+            for optimizer in (opt_head, opt_body):
+                scaler.step(optimizer)
+                scaler.update()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    body, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    opt_body, opt_head = torch.optim.SGD(body.parameters(), lr=0.01), torch.optim.SGD(head.parameters(), lr=0.01)
+    models, optimizers = {"body": body, "head": head}, {"opt_body": opt_body, "opt_head": opt_head}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with sl.audit(model=models, optimizers=optimizers, on_fault="collect") as audit:
+        for _ in range(6):
+            opt_body.zero_grad()
+            opt_head.zero_grad()
+            scaler.scale(F.mse_loss(head(body(torch.randn(8, 4))), torch.randn(8, 1))).backward()
+            for optimizer in (opt_head, opt_body):
+                scaler.step(optimizer)
+            scaler.update()
+            audit.step()
+    ```
+    ## Fix
+    Call `scaler.update()` once an iteration, after the last `scaler.step()`.
 
     ## Source
     https://github.com/huggingface/accelerate/issues/439; documentation of `torch.amp`, "Working with multiple models,
@@ -146,8 +218,10 @@ class ScaleUpdatedTooEarly(EventCheck):
         self._was_told = False
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the first step on gradients that were scaled before the last update of the scale."""
-        if self._was_told or not isinstance(event, Update) or not event.is_scaled_step or event.owner in state.unscaled:
+        """Where gradients are unscaled that were scaled before the last update of the scale."""
+        if self._was_told or not isinstance(event, (Unscale, Update)) or event.owner in state.unscaled:
+            return
+        if isinstance(event, Update) and not event.is_scaled_step:
             return
         updates = [i for i, e in enumerate(state.recent) if isinstance(e, ScaleUpdate)]
         if not updates:

@@ -14,6 +14,45 @@ from safeloop.faults import Fault
 class ScheduleBeforeStep(EventCheck):
     """A learning-rate schedule is moved before the step that it should follow.
 
+    ## What it does
+    Looks, at each step, whether the schedule of that optimizer was moved since the backward pass that the step is for.
+    Speaks at the second such step. A schedule that is moved before the backward pass, as at the head of an epoch, is
+    well.
+
+    ## Why it is bad
+    The first learning rate of the schedule is never used, and every later one comes a step too early: a warm-up begins
+    too high, and a drop by milestones falls in the wrong place.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        optimizer.step()  # quiets the warning of PyTorch
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            scheduler.step()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            scheduler.step()
+            audit.step()
+    ```
+    ## Fix
+    Call the scheduler's step() after the optimizer's.
+
     ## Source
     https://github.com/deepspeedai/DeepSpeed/issues/1120; documentation of `torch.optim`, "How to adjust learning rate".
     """
@@ -26,7 +65,7 @@ class ScheduleBeforeStep(EventCheck):
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the second step with a move of its schedule since the backward pass that it steps for."""
-        if not isinstance(event, Update):
+        if not isinstance(event, Update) or event.was_skipped or event.has_closure or not state.is_known:
             return
         moved = _moved_since_backward(event.owner, state)
         if moved is None:
@@ -46,18 +85,61 @@ class ScheduleBeforeStep(EventCheck):
 
 def _moved_since_backward(owner: str, state: LoopState) -> Schedule | None:
     """The move of an owner's schedule since the last backward pass that reached it; None for none."""
+    moved = None
     for earlier in reversed(state.recent):
         if isinstance(earlier, Schedule) and earlier.owner == owner:
-            return earlier
+            moved = earlier
         if isinstance(earlier, Update) and earlier.owner == owner:
             return None
         if isinstance(earlier, Backward) and not state.owners[owner].isdisjoint(earlier.reached):
-            return None
+            return moved
     return None
 
 
 class ScheduleOfAnotherOptimizer(EventCheck):
     """A schedule moves an optimizer that is not the one that steps.
+
+    ## What it does
+    Looks for schedules of the process whose optimizer is not watched and holds parameters of one that is. Speaks at the
+    second move of one whose optimizer was never stepped.
+
+    ## Why it is bad
+    A scheduler holds the optimizer that it was given. Where that was built again later, for a new group, after a change
+    of the model, the schedule moves the learning rate of the old object, and the new one keeps its first rate for ever.
+
+    ## Bad
+    ```python
+    import warnings
+
+    warnings.simplefilter("ignore")  # PyTorch's own, which asks for another order
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            scheduler.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            scheduler.step()
+            audit.step()
+    ```
+    ## Fix
+    Build the scheduler after the optimizer, and again whenever the optimizer is built again.
 
     ## Source
     https://github.com/nianticlabs/manydepth/issues/46.
@@ -80,10 +162,15 @@ class ScheduleOfAnotherOptimizer(EventCheck):
         kind = type(event.scheduler).__name__
         theirs = {id(p) for group in event.scheduler.optimizer.param_groups for p in group["params"]}
         owner = next(
-            name
-            for name, optimizer in state.optimizers.items()
-            if any(id(p) in theirs for group in optimizer.param_groups for p in group["params"])
+            (
+                name
+                for name, optimizer in state.optimizers.items()
+                if any(id(p) in theirs for group in optimizer.param_groups for p in group["params"])
+            ),
+            None,
         )
+        if owner is None:
+            return
         yield self.fault(
             f"{kind} moves the learning rate of an old optimizer that is never stepped; `{owner}`, which steps, holds "
             "the same parameters and keeps its rate",
@@ -98,6 +185,44 @@ class ScheduleOfAnotherOptimizer(EventCheck):
 class LearningRateZero(EventCheck):
     """The learning rate of an optimizer has become exactly zero.
 
+    ## What it does
+    Looks at the learning rates of each optimizer at each step. Speaks where all of them are exactly 0 for 5 steps in a
+    row after a positive one, or for the first 10 steps. Where another optimizer goes on training, it waits for the end
+    of the watch: a part may rest for a phase.
+
+    ## Why it is bad
+    Nothing trains any more, at full cost. A schedule has taken the rate to zero: a gamma of 0, a decay that is over, a
+    move for each batch where one for each epoch was meant.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.0)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            scheduler.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.1)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            scheduler.step()
+            audit.step()
+    ```
+    ## Fix
+    Correct the schedule, or end the run where it ends.
+
     ## Source
     https://github.com/LINCellularNeuroscience/VAME/issues/26.
     """
@@ -107,27 +232,41 @@ class LearningRateZero(EventCheck):
 
     def __init__(self) -> None:
         self._row: Counter[str] = Counter()
-        self._since: dict[str, int] = {}
+        self._since: dict[str, Update] = {}
         self._was_positive: set[str] = set()
+        self._told: set[str] = set()
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the third step in a row after the rate has fallen to zero, or the tenth from the start."""
+        """At the fifth step in a row after the rate has fallen to zero, or the tenth from the start."""
         if not isinstance(event, Update) or not event.rates:
             return
+        owner = event.owner
         if any(event.rates):
-            self._was_positive.add(event.owner)
-            self._row[event.owner] = 0
+            self._was_positive.add(owner)
+            self._row[owner] = 0
             return
-        self._row[event.owner] += 1
-        if self._row[event.owner] == 1:
-            self._since[event.owner] = event.iteration
-        if self._row[event.owner] != (3 if event.owner in self._was_positive else 10):
+        self._row[owner] += 1
+        if self._row[owner] == 1:
+            self._since[owner] = event
+        others = state.updates.keys() - {owner}
+        if all(self._row[other] for other in others):
+            yield from self._zero(owner)
+
+    def close(self, state: LoopState) -> Iterator[Fault]:
+        """Where the watch ends with a rate of zero."""
+        for owner in list(self._row):
+            yield from self._zero(owner)
+
+    def _zero(self, owner: str) -> Iterator[Fault]:
+        if owner in self._told or self._row[owner] < (5 if owner in self._was_positive else 10):
             return
+        self._told.add(owner)
+        first = self._since[owner]
         yield self.fault(
-            f"every learning rate (lr) of `{event.owner}` is exactly 0 since iteration {self._since[event.owner]}",
-            where=at(event.site, f"step of `{event.owner}`"),
+            f"every learning rate (lr) of `{owner}` is exactly 0 since iteration {first.iteration}",
+            where=at(first.site, f"step of `{owner}`"),
             why="a schedule has taken it to zero (a gamma of 0, a decay that is over, a step per batch where one per "
             "epoch was meant), and nothing trains any more",
             fix="correct the schedule, or end the run where it ends",
-            names=(event.owner,),
+            names=(owner,),
         )

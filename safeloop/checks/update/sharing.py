@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
+from safeloop.checks.events import Backward, Event, GradientUse, LoopState, Update, Zero
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
@@ -14,6 +14,52 @@ from safeloop.faults import Fault
 
 class GradientsMixed(EventCheck):
     """An optimizer steps on gradients of a loss that another optimizer has already stepped for.
+
+    ## What it does
+    Looks at the backward passes that a step uses: whether another optimizer was stepped between the first and the last
+    of them, for the first one. Speaks at the second such step, if the first loss came through these parameters on its
+    way to the other's, or the last loss reaches the other's too. An encoder that gathers the gradients of several
+    heads, each with an optimizer of its own, is well.
+
+    ## Why it is bad
+    The loss that trains one network leaves its gradients in another one on its way. When that one is stepped next, it
+    goes a step towards the loss of its opponent: a discriminator learns to be fooled.
+
+    ## Bad
+    ```python
+    gen, disc = nn.Linear(2, 4), nn.Linear(4, 1)
+    opt_g, opt_d = torch.optim.SGD(gen.parameters(), lr=0.01), torch.optim.SGD(disc.parameters(), lr=0.01)
+    models, optimizers = {"gen": gen, "disc": disc}, {"opt_g": opt_g, "opt_d": opt_d}
+    with sl.audit(model=models, optimizers=optimizers, on_fault="collect") as audit:
+        for _ in range(6):
+            opt_g.zero_grad()
+            opt_d.zero_grad()
+            F.softplus(-disc(gen(torch.randn(8, 2)))).mean().backward()
+            opt_g.step()
+            fake = gen(torch.randn(8, 2)).detach()
+            (F.softplus(-disc(torch.randn(8, 4))) + F.softplus(disc(fake))).mean().backward()
+            opt_d.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    gen, disc = nn.Linear(2, 4), nn.Linear(4, 1)
+    opt_g, opt_d = torch.optim.SGD(gen.parameters(), lr=0.01), torch.optim.SGD(disc.parameters(), lr=0.01)
+    models, optimizers = {"gen": gen, "disc": disc}, {"opt_g": opt_g, "opt_d": opt_d}
+    with sl.audit(model=models, optimizers=optimizers, on_fault="collect") as audit:
+        for _ in range(6):
+            opt_g.zero_grad()
+            F.softplus(-disc(gen(torch.randn(8, 2)))).mean().backward()
+            opt_g.step()
+            opt_d.zero_grad()  # also what the generator's loss has left
+            fake = gen(torch.randn(8, 2)).detach()
+            (F.softplus(-disc(torch.randn(8, 4))) + F.softplus(disc(fake))).mean().backward()
+            opt_d.step()
+            audit.step()
+    ```
+    ## Fix
+    Detach what one network made before it enters the loss of the other, and call `zero_grad()` of each optimizer right
+    before its own backward pass.
 
     ## Source
     https://github.com/FoundationVision/OmniTokenizer/issues/15; https://github.com/deepspeedai/DeepSpeed/issues/399.
@@ -37,7 +83,7 @@ class GradientsMixed(EventCheck):
         self._times[event.owner] += 1
         if self._times[event.owner] != 2:
             return
-        name, passes = next(iter(mixed.items()))
+        passes = next(iter(mixed.values()))
         other = _between(passes, event.owner, state)
         assert other is not None
         yield self.fault(
@@ -54,20 +100,73 @@ class GradientsMixed(EventCheck):
 
 
 def _between(passes: list[Backward], owner: str, state: LoopState) -> Update | None:
-    """A step of another owner between two passes that begin on different lines."""
+    """The step of another owner between two passes that begin on different lines, the first of which was for it."""
     if len(passes) < 2 or len({p.site for p in passes}) < 2:
         return None
     numbers = {id(e): i for i, e in enumerate(state.recent)}
     if id(passes[0]) not in numbers or id(passes[-1]) not in numbers:
         return None
-    for event in state.recent[numbers[id(passes[0])] + 1 : numbers[id(passes[-1])]]:
-        if isinstance(event, Update) and event.owner != owner and passes[0].reached & state.owners[event.owner]:
+    last = numbers[id(passes[-1])]
+    after = {e.owner for e in state.recent[last + 1 :] if isinstance(e, Update)}
+    for event in state.recent[numbers[id(passes[0])] + 1 : last]:
+        if not isinstance(event, Update) or event.owner == owner or event.owner in after:
+            continue
+        theirs = state.owners[event.owner]
+        if not passes[0].reached & theirs:
+            continue
+        if passes[-1].reached & theirs or _comes_through(passes[0], state.owners[owner], theirs):
             return event
     return None
 
 
+def _comes_through(passed: Backward, mine: frozenset[str], theirs: frozenset[str]) -> bool:
+    """Whether a loss goes through all of one owner's parameters before it comes to the other's."""
+    near = [low for name, (low, _) in passed.used_at.items() if name in mine]
+    far = [high for name, (_, high) in passed.used_at.items() if name in theirs]
+    return bool(near and far) and min(near) > max(far)
+
+
 class LossCountedTwice(EventCheck):
     """A loss is differentiated alone, and again as a part of a sum.
+
+    ## What it does
+    Looks, at each backward pass, whether its graph holds the loss of an earlier pass whose gradients are still in
+    `.grad`. Speaks at the second time. Gradients that were zeroed in between, or a pass with `create_graph=True`, are
+    left out.
+
+    ## Why it is bad
+    backward() adds to `.grad`, and the second loss contains the first: that one trains with twice its weight. The
+    `retain_graph=True` that PyTorch asks for on the way is the sign of it.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            out = model(torch.randn(8, 4))
+            first, second = out[:, 0].square().mean(), out[:, 1].square().mean()
+            optimizer.zero_grad()
+            first.backward(retain_graph=True)
+            (first + second).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            out = model(torch.randn(8, 4))
+            first, second = out[:, 0].square().mean(), out[:, 1].square().mean()
+            optimizer.zero_grad()
+            (first + second).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Fix
+    Call backward() once, on the sum of the losses.
 
     ## Source
     https://github.com/ueoo/AGIS-Net/issues/8.
@@ -105,6 +204,50 @@ class LossCountedTwice(EventCheck):
 class ClosureKeepsGradients(EventCheck):
     """The closure of LBFGS does not zero the gradients, so that they add up over its evaluations.
 
+    ## What it does
+    Looks for a second backward pass on the same line inside one step of `torch.optim.LBFGS` without a zero_grad in it.
+
+    ## Why it is bad
+    LBFGS evaluates the closure several times in one step and takes `.grad` for the gradient at each point. With sums of
+    gradients its curvature estimates and its line search are wrong, and it diverges or stands still.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x, y = torch.randn(16, 4), torch.randn(16, 1)
+
+    def closure():
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step(closure)
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x, y = torch.randn(16, 4), torch.randn(16, 1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(3):
+            optimizer.step(closure)
+            audit.step()
+    ```
+    ## Fix
+    Begin the closure with `optimizer.zero_grad()`.
+
     ## Source
     Documentation of `torch.optim.LBFGS` and of `Optimizer.step(closure)`.
     """
@@ -114,25 +257,28 @@ class ClosureKeepsGradients(EventCheck):
 
     def __init__(self) -> None:
         self._was_told = False
+        self._version: int | None = None
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the second evaluation inside one step, if nothing was zeroed in this step."""
+        """At a backward pass after the weights have moved inside one step, if nothing was zeroed in this step."""
+        if isinstance(event, (Update, Zero)) or (isinstance(event, GradientUse) and event.is_write):
+            self._version = None
         owner = state.inside
         if self._was_told or not owner or not isinstance(event, Backward) or not state.is_known:
             return
         if type(state.optimizers.get(owner)).__name__ != "LBFGS":
             return
-        start = max((i for i, e in enumerate(state.recent) if isinstance(e, Update) and e.owner == owner), default=-1)
-        inside = state.recent[start + 1 :]
-        before = [e for e in inside if isinstance(e, Backward) and e.site == event.site]
-        if not before or any(isinstance(e, Zero) for e in inside):
+        version = sum(p._version for group in state.optimizers[owner].param_groups for p in group["params"])
+        before, self._version = self._version, version
+        if before in (None, version) or not any(state.held[n].passes for n in event.reached & state.held.keys()):
             return
         self._was_told = True
         yield self.fault(
             f"the closure of `{owner}` ran backward again without zero_grad: its gradients add up over the evaluations "
             "of one step",
             where=at(event.site, f"closure of `{owner}`"),
-            why="LBFGS evaluates the closure several times in one step and takes `.grad` for the gradient at each point",
+            why="LBFGS evaluates the closure several times in one step and takes `.grad` for the gradient at each "
+            "point",
             fix=f"begin the closure with `{owner}.zero_grad()`",
             names=sorted(event.reached),
         )

@@ -27,6 +27,45 @@ def _window(event: Update, state: LoopState) -> list[Backward]:
 class UnevenMicroBatches(EventCheck):
     """Micro-batches with different numbers of values are averaged as if they were of one size.
 
+    ## What it does
+    Notes over how many targets each `cross_entropy` or `nll_loss` takes its mean (those with `ignore_index` do not
+    count), and compares the micro-batches of a step that all come from one line with one weight. Speaks at the second
+    step in a row in which these numbers differ by half or more.
+
+    ## Why it is bad
+    A mean of means gives a token of a short micro-batch more weight than one of a long one. The gradient is not that of
+    the whole batch, and depends on how the samples fell into micro-batches.
+
+    ## Bad
+    ```python
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(4):
+            optimizer.zero_grad()
+            for length in (3, 20, 5, 12):
+                text = torch.randint(0, 8, (length,))
+                (F.cross_entropy(model(text[:-1]), text[1:]) / 4).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(4):
+            optimizer.zero_grad()
+            for length in (3, 20, 5, 12):
+                text = torch.randint(0, 8, (length,))
+                (F.cross_entropy(model(text[:-1]), text[1:], reduction="sum") / 36).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Fix
+    Sum the loss (`reduction="sum"`) and divide by the number of targets of the whole window. In a Trainer
+    `accumulate.weight_by: tokens` does it.
+
     ## Source
     https://github.com/huggingface/transformers/pull/34191; https://github.com/huggingface/transformers/issues/37766.
     """
@@ -39,22 +78,23 @@ class UnevenMicroBatches(EventCheck):
         self._times: Counter[str] = Counter()
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the second window of means over numbers of values that differ by half or more."""
+        """At the second window in a row of means over numbers of values that differ by half or more."""
         if not isinstance(event, Update) or event.has_closure or not state.is_known:
             return
         passes = _window(event, state)
         counts = _counts(passes)
         if counts is None or max(counts) < _UNEVEN * min(counts):
+            self._times[event.owner] = 0  # the last, shorter micro-batch of an epoch is not worth a word
             return
         self._times[event.owner] += 1
         if self._times[event.owner] != 2:
             return
         yield self.fault(
-            f"the {len(passes)} micro-batches of one step average their loss over {', '.join(map(str, counts))} tokens or "
-            "samples, and count the same",
+            f"the {len(passes)} micro-batches of one step average their loss over {', '.join(map(str, counts))} "
+            "tokens or samples, and count the same",
             where=at(passes[-1].site, f"step of `{event.owner}`"),
-            why="a mean of means gives a token of a short micro-batch more weight than one of a long one; the gradient is "
-            "not that of the whole batch",
+            why="a mean of means gives a token of a short micro-batch more weight than one of a long one; the "
+            "gradient is not that of the whole batch",
             fix='sum the loss (`reduction="sum"`) and divide by the number of tokens of the whole window; in a Trainer '
             "`accumulate.weight_by: tokens` does it",
             names=(event.owner,),
@@ -75,6 +115,44 @@ def _counts(passes: Sequence[Backward]) -> list[int] | None:
 class TailWindow(EventCheck):
     """The last, shorter accumulation window is divided by the length of a full one.
 
+    ## What it does
+    Notes the number that each loss is divided by, and how many micro-batches a step uses. Speaks at the first step with
+    fewer than that number, after one with exactly as many, if all come from one line.
+
+    ## Why it is bad
+    The last window of an epoch is shorter. Its gradient comes out too small by the missing share: with 1 of 8
+    micro-batches it is an eighth, and those samples hardly count.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(6)]
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for i, (x, y) in enumerate(batches):
+            (F.mse_loss(model(x), y) / 4).backward()
+            if i % 4 == 3 or i == len(batches) - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(6)]
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for i, (x, y) in enumerate(batches):
+            first = i - i % 4
+            (F.mse_loss(model(x), y) / min(4, len(batches) - first)).backward()
+            if i % 4 == 3 or i == len(batches) - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+            audit.step()
+    ```
+    ## Fix
+    Divide by the number of micro-batches that the window really has.
+
     ## Source
     https://github.com/Lightning-AI/pytorch-lightning/issues/19987; https://github.com/timoschick/pet/issues/36.
     """
@@ -92,8 +170,7 @@ class TailWindow(EventCheck):
         if self._was_told or not isinstance(event, Update) or event.has_closure or not state.is_known:
             return
         passes = _window(event, state)
-        factors = {p.factor for p in passes}
-        if not passes or len(factors) > 1 or len({p.site for p in passes}) > 1:
+        if not passes or len({p.factor for p in passes}) > 1 or len({p.site for p in passes}) > 1:
             return
         factor = passes[0].factor
         if factor is None or not 0 < factor <= 0.5:

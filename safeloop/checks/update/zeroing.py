@@ -1,4 +1,4 @@
-"""Gradients that are zeroed too late, too early, or not at all."""
+"""Gradients that are not zeroed, or zeroed before anybody has used them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Backward, Event, GradientUse, LoopState, Update, Zero
+from safeloop.checks.events import Backward, Clip, Event, GradientUse, LoopState, Update, Zero
 from safeloop.checks.source import at
-from safeloop.checks.wording import counted, listed
+from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
 _PATIENCE = 3
@@ -17,6 +17,41 @@ _PATIENCE = 3
 
 class GradientsNotZeroed(EventCheck):
     """An optimizer steps on gradients that still hold those of an earlier step.
+
+    ## What it does
+    Follows what `.grad` of every parameter holds: which backward passes have added to it, and which of them a step has
+    used. Speaks at the second step in a row on a sum of used and new gradients. Every way to zero counts: `zero_grad`
+    of optimizer or model, `p.grad = None`, `p.grad.zero_()`, a hook; gradients that the loop writes itself are left
+    out. Cost: reads a gradient from the device only where it looks as if nobody had zeroed it.
+
+    ## Why it is bad
+    backward() adds to `.grad`. Every step repeats all gradients before it, as momentum without decay would: training
+    runs off in old directions, and often still looks as if it learned.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad  # the parentheses are missing
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Fix
+    Call `optimizer.zero_grad()` once for each step: before its first backward pass, or right after the step.
 
     ## Source
     https://github.com/pytorch/pytorch/issues/47175; https://github.com/yastrebksv/TennisCourtDetector/issues/7.
@@ -52,6 +87,42 @@ class GradientsNotZeroed(EventCheck):
 class GradientsDiscarded(EventCheck):
     """Gradients are zeroed before any optimizer has used them.
 
+    ## What it does
+    Looks, whenever gradients are zeroed, for backward passes in them that nobody has made use of: no step, no line that
+    reads or writes `.grad`, no hook, no gradient of an input. Speaks at the third time on the same line, if that line
+    throws gradients away at least as often as the optimizer steps. A loop that drops a bad batch now and then is well.
+
+    ## Why it is bad
+    What backward() adds to `.grad` counts only if a step follows before it is zeroed. Of several losses, or of the
+    micro-batches of one accumulation window, only the last one trains; the others cost their time for nothing.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for i in range(16):
+            optimizer.zero_grad()
+            (F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)) / 4).backward()
+            if i % 4 == 3:
+                optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for i in range(16):
+            (F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)) / 4).backward()
+            if i % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+            audit.step()
+    ```
+    ## Fix
+    Zero once, before the first backward pass of a step, not between passes; under accumulation only after the step.
+
     ## Source
     https://github.com/huggingface/accelerate/issues/1299; https://github.com/bytetriper/RAE/issues/67.
     """
@@ -61,35 +132,66 @@ class GradientsDiscarded(EventCheck):
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
+        self._steps: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        self._told: set[str] = set()
+        self._pending: tuple[frozenset[str], Fault] | None = None
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the third time that zeroing throws away gradients which nobody has stepped on or read."""
+        if isinstance(event, Update):
+            yield from self._settle(event, state)
         if not isinstance(event, Zero) or state.inside or not state.is_known:
             return
-        lost: dict[str, list[Backward]] = {}
-        for name in sorted(event.parameters & state.held.keys()):
-            held = state.held[name]
-            if name in state.owner_of and not held.is_manual:
-                unused = [b for b in held.passes[held.used :] if not _was_useful(b, state)]
-                if unused:
-                    lost[name] = unused
+        lost = _lost(event, state)
         if not lost:
             return
-        key = str(event.site)
-        self._times[key] += 1
-        if self._times[key] != _PATIENCE:
-            return
         passes = sorted({b.number: b for unused in lost.values() for b in unused}.values(), key=lambda b: b.number)
-        yield self.fault(
+        key = str(event.site)
+        if passes[-1].number <= self._last.get(key, -1):
+            return
+        self._last[key] = passes[-1].number
+        self._times[key] += 1
+        steps = sum(state.updates.get(owner, 0) for owner in {state.owner_of[name] for name in lost})
+        since = steps - self._steps.setdefault(key, steps)
+        if key in self._told or self._times[key] < max(_PATIENCE, since):
+            return
+        self._told.add(key)
+        fault = self.fault(
             f"zero_grad threw away the gradients of {_passes(len(passes))} before any "
             f"optimizer had stepped on them: {listed(lost)}",
             where=f"{at(event.site, 'zero_grad')}; the gradients came from {at(passes[-1].site, 'a backward pass')}",
             why="what backward() adds to `.grad` counts only if a step follows before it is zeroed: of several losses, "
             "or of the micro-batches of one accumulation window, only the last one trains",
-            fix="zero once, before the first backward pass of a step, not between passes; under accumulation only after "
-            "the step",
+            fix="zero once, before the first backward pass of a step, not between passes; under accumulation only "
+            "after the step",
             names=tuple(lost),
         )
+        self._pending = frozenset(lost), fault
+
+    def _settle(self, event: Update, state: LoopState) -> Iterator[Fault]:
+        """At the next step of an owner: one that finds no gradient at all is another fault, with another cure."""
+        if self._pending is None or state.owners[event.owner].isdisjoint(self._pending[0]):
+            return
+        (names, fault), self._pending = self._pending, None
+        if not names & state.owners[event.owner] <= event.absent:
+            yield fault
+
+
+def _lost(event: Zero, state: LoopState) -> dict[str, list[Backward]]:
+    """The parameters whose gradients are thrown away, with the passes that nobody has used."""
+    lost: dict[str, list[Backward]] = {}
+    useful: dict[int, bool] = {}
+    for name in sorted(event.parameters & state.held.keys() & state.owner_of.keys()):
+        held = state.held[name]
+        if held.is_manual:
+            continue
+        for passed in held.passes[held.used :]:
+            if passed.number not in useful:
+                useful[passed.number] = _was_useful(passed, state)
+            if not useful[passed.number]:
+                lost.setdefault(name, []).append(passed)
+    return lost
 
 
 def _passes(number: int) -> str:
@@ -97,105 +199,11 @@ def _passes(number: int) -> str:
 
 
 def _was_useful(passed: Backward, state: LoopState) -> bool:
-    """Whether somebody made use of a pass: a step, a line that reads `.grad`, or the gradient of an input."""
-    if passed.reaches_inputs or passed.makes_graph:
-        return True
-    if passed not in state.recent:
+    """Whether somebody made use of a pass: a step, a line that reads `.grad`, a measured norm, an input's gradient."""
+    if passed.reaches_inputs or passed.makes_graph or passed not in state.recent:
         return True
     after = state.recent[state.recent.index(passed) + 1 :]
-    return any(isinstance(later, (Update, GradientUse)) for later in after)
-
-
-class StepWithoutGradients(EventCheck):
-    """An optimizer steps when none of its parameters has a gradient.
-
-    ## Source
-    https://github.com/bytetriper/RAE/issues/67; https://github.com/pytorch/tutorials/pull/52.
-    """
-
-    code = "SL632"
-    title = "step without gradients"
-
-    def __init__(self) -> None:
-        self._times: Counter[str] = Counter()
-
-    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the third step of an optimizer, if it never had a gradient."""
-        if not isinstance(event, Update) or event.has_closure or event.was_skipped:
-            return
-        names = state.owners[event.owner]
-        if not names or event.absent != names:
-            self._times[event.owner] = -(10**9)
-            return
-        self._times[event.owner] += 1
-        if self._times[event.owner] != _PATIENCE:
-            return
-        what, why, fix = _cause(event, state)
-        yield self.fault(
-            f"none of the {counted(len(names), 'parameter')} of `{event.owner}` had a gradient at any of its "
-            f"{_PATIENCE} steps{what}",
-            where=at(event.site, f"step of `{event.owner}`"),
-            why=why,
-            fix=fix,
-            names=sorted(names),
-        )
-
-
-def _cause(event: Update, state: LoopState) -> tuple[str, str, str]:
-    owned = state.owners[event.owner]
-    before = [e for e in state.recent if isinstance(e, (Backward, Zero, Update))]
-    passes = [i for i, e in enumerate(before) if isinstance(e, Backward) and e.reached & owned]
-    if not passes:
-        return (
-            "; no backward pass reached them",
-            "the losses do not depend on these parameters, or backward() is never called",
-            "look for a detach() or no_grad between them and the loss, or hand the optimizer the model that is trained",
-        )
-    later = before[passes[-1] + 1 :]
-    steps = [i for i, e in enumerate(later) if isinstance(e, Update) and e.owner == event.owner]
-    zeros = [e for i, e in enumerate(later) if isinstance(e, Zero) and e.parameters & owned]
-    if zeros and not steps:
-        return (
-            f"; zero_grad ran between backward and step, {at(zeros[-1].site, '')}",
-            "zero_grad() after backward() throws the gradients away, so the step finds none",
-            "call zero_grad() before backward(), or after step(): zero_grad, backward, step",
-        )
-    return (
-        "; backward ran after the step",
-        "step() stands before backward(): by the next step zero_grad() has thrown those gradients away",
-        "call backward() before step(): zero_grad, backward, step",
+    return any(
+        isinstance(later, (Update, GradientUse)) or (isinstance(later, Clip) and later.limit == float("inf"))
+        for later in after
     )
-
-
-class SteppedAgain(EventCheck):
-    """An optimizer steps a second time on gradients that it has used already.
-
-    ## Source
-    https://github.com/huggingface/accelerate/issues/2665.
-    """
-
-    code = "SL638"
-    title = "stepped twice on the same gradients"
-    severity = "warning"
-
-    def __init__(self) -> None:
-        self._times: Counter[str] = Counter()
-
-    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the third step that finds no new gradient, with an earlier step's still there."""
-        if not isinstance(event, Update) or event.has_closure or event.was_skipped or not state.is_known:
-            return
-        held = {n: state.held[n] for n in state.owners[event.owner] & state.held.keys()}
-        old = sorted(n for n, h in held.items() if h.used and h.used == len(h.passes) and not h.is_manual)
-        if not old or any(len(h.passes) > h.used for h in held.values()):
-            return
-        self._times[event.owner] += 1
-        if self._times[event.owner] == _PATIENCE:
-            yield self.fault(
-                f"`{event.owner}` stepped again on gradients that its step before had used, without a backward pass "
-                f"between: {listed(old)}",
-                where=at(event.site, f"step of `{event.owner}`"),
-                why="the same gradient is applied twice, at weights for which it was not computed",
-                fix="step once after each backward pass; if another optimizer was meant, step that one",
-                names=old,
-            )
