@@ -178,7 +178,7 @@ class LoopWatch:
         if parameter.grad is None:
             return False
         values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
-        return not math.isfinite(float(values.detach().float().norm()))
+        return not math.isfinite(float(values.detach().abs().float().norm()))
 
     def _update(self, owner: str, optimizer: Optimizer, *, has_closure: bool = False, skipped: bool = False) -> Update:
         held = [p for group in optimizer.param_groups for p in group["params"]]

@@ -12,8 +12,8 @@ from safeloop.autograd.norms import each_norm
 from safeloop.autograd.survey import survey
 from safeloop.autograd.tape import Tape
 from safeloop.autograd.zeros import Stop, ZeroTrace
-from safeloop.checks.gradients.flow import TINY
 from safeloop.checks.gradients.history import Cause, History, Trace
+from safeloop.checks.gradients.magnitude import TINY
 
 _SURELY = 2
 """Steps with a gradient of zeros after which the operation that stops it is looked for."""
@@ -79,7 +79,7 @@ class GradientWatch:
             elif math.isfinite(norm):
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
-            if name in norms and trace.cause is not None and trace.cause.kind != "zero":
+            if name in norms and trace.cause is not None and trace.cause.kind not in ("zero", "empty"):
                 trace.cause = None
         self._reached.clear()
 
@@ -100,7 +100,10 @@ class GradientWatch:
             if stop is not None:
                 origin = tape.origins.get(stop.number)
                 trace.cause = Cause(
-                    _why_zero(stop.name), origin.site if origin else None, origin.module if origin else "", "zero"
+                    _why_zero(stop.name),
+                    origin.site if origin else None,
+                    origin.module if origin else "",
+                    "empty" if stop.is_empty else "zero",
                 )
 
 
@@ -129,6 +132,12 @@ _WHY_ZERO = {
     "Hardtanh": "every element is saturated: the derivative is zero there",
     "Hardsigmoid": "every element is saturated: the derivative is zero there",
     "Mul": "the other factor is zero",
+    "Lerp": "the factor that mixes them is zero",
+    "Addmm": "the weight, the other factor, is zero",
+    "Mm": "the other factor is zero",
+    "Bmm": "the other factor is zero",
+    "Convolution": "the weight, the other factor, is zero",
+    "Div": "the factor is zero",
     "Round": "rounding has the derivative zero everywhere",
     "Floor": "floor has the derivative zero everywhere",
     "Ceil": "ceil has the derivative zero everywhere",

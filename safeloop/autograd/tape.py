@@ -190,7 +190,11 @@ class Tape(TorchFunctionMode):
         if not torch.is_grad_enabled():
             self._note_function(sys._getframe(1))
         out = func(*args, **kwargs)
-        frame = self._follow(name, tensors, out)
+        frame = None
+        try:
+            frame = self._follow(name, tensors, out)
+        except Exception as error:  # our bug must not stop the program that is watched
+            self.broken.append(error)
         if listeners:
             self._tell(
                 listeners,
@@ -246,7 +250,7 @@ class Tape(TorchFunctionMode):
         if name in ("__setitem__", "copy_") and tensors:
             results = [tensors[0]]
         for result in results:
-            node = result.grad_fn
+            node = _node_of(result)
             is_scalar = not result.dim()
             if node is None and not live and not marks and not is_scalar:
                 continue
@@ -269,7 +273,8 @@ class Tape(TorchFunctionMode):
 
     def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
         source = next((t for t in tensors if self.live(t)), None)
-        node = None if source is None or source.grad_fn is None else source.grad_fn._sequence_nr()
+        made_by = None if source is None else _node_of(source)
+        node = None if made_by is None else made_by._sequence_nr()
         made = "" if source is None else self._state(source).maker
         site = None if frame is None else site_of(frame)
         reason = cut_reason(name, result)
@@ -286,12 +291,14 @@ class Tape(TorchFunctionMode):
 
     def _note_function(self, caller: FrameType) -> None:
         """Keep the arguments of a `torch.autograd.Function` of the user's, whose forward runs with grad mode off."""
-        above = caller.f_back
-        if above is None or above.f_code is not _APPLY:
-            return
-        kind = above.f_locals.get("cls")
-        if isinstance(kind, type) and kind not in self.functions:
-            self.functions[kind] = tuple(above.f_locals.get("args", ()))
+        above: FrameType | None = caller
+        for _ in range(_DEEP):
+            above = None if above is None else above.f_back
+            if above is not None and above.f_code is _APPLY:
+                kind = above.f_locals.get("cls")
+                if isinstance(kind, type) and kind not in self.functions:
+                    self.functions[kind] = tuple(above.f_locals.get("args", ()))
+                return
 
     def _state(self, tensor: Tensor) -> _State:
         state = self._states.get(id(tensor))
@@ -323,6 +330,8 @@ class Tape(TorchFunctionMode):
 
 
 _NOTHING = _State()
+_DEEP = 6
+"""Frames above a call in which the forward of a custom function is looked for: wrappers of torch's, helpers."""
 _CHECKPOINT = CheckpointFunction.forward.__code__
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
@@ -342,6 +351,14 @@ def _in_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _node_of(tensor: Tensor) -> Any:
+    """The node that made a tensor; None also for a view that torch bars: made under no_grad, its base written to."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
 
 
 def _next_node() -> int:

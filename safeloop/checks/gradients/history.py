@@ -17,7 +17,8 @@ class Cause:
     site: Site | None = None
     module: str = ""
     kind: str = "cut"
-    """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`"""
+    """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
+    `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample"""
 
 
 @dataclass(slots=True)

@@ -19,6 +19,42 @@ _SUMS = ["add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "__
 class PenaltyWithoutGraph(CallCheck):
     """A gradient penalty is added to a loss, and was computed without create_graph.
 
+    ## What it does
+    Follows the results of `torch.autograd.grad(..., create_graph=False)` that a line of the user's called, and tells
+    where a scalar made of them alone is added to a scalar that has a graph. Cost: none beyond the tape of calls.
+
+    ## Why it is bad
+    Without `create_graph=True` the gradients have no history. The penalty is part of the loss that is logged, and
+    trains nothing: the model is not regularised at all.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Pass `create_graph=True` to `torch.autograd.grad`, or let a Trainer do it by `self.penalty(...)`. Where the number
+    is meant to be a constant, detach it (`slope.norm().detach()`): that says so and is not told.
+
     ## Source
     https://github.com/ooples/AiDotNet/issues/1844; documentation of `torch.autograd.grad`.
     """
@@ -60,6 +96,42 @@ class PenaltyWithoutGraph(CallCheck):
 
 class PenaltyThroughBatchNorm(CallCheck):
     """A gradient penalty per sample is taken through batch normalisation in train mode, which mixes the samples.
+
+    ## What it does
+    Follows the results of batch normalisation that uses the statistics of the batch, and tells where a gradient with
+    respect to a batch of inputs is taken of them with `create_graph=True`. Cost: none beyond the tape of calls.
+
+    ## Why it is bad
+    Through batch statistics each output depends on every sample. What is penalised is then not the gradient of one
+    output with respect to its own input, and the bound that the penalty is to enforce does not hold.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Use LayerNorm, GroupNorm or InstanceNorm in what is penalised, or put the normalisation into eval mode for the
+    forward of the penalty.
 
     ## Source
     https://github.com/pytorch/pytorch/issues/4422; Gulrajani et al., "Improved Training of Wasserstein GANs", 2017,
