@@ -85,7 +85,7 @@ class GradientWatch:
 
     def finish(self) -> History:
         """The history, with the parameters of modules that are chosen by the data."""
-        self.history.routed = frozenset(_routed(self._model, self._usage, self._tapes))
+        self.history.routed, self.history.optional = _chosen(self._model, self._usage, self._tapes)
         return self.history
 
     def _of(self, name: str) -> Trace:
@@ -164,15 +164,24 @@ def _norms(gradients: list[Tensor]) -> list[float]:
         return [float(norm) for norm in each_norm([g.coalesce()._values() if g.is_sparse else g for g in gradients])]
 
 
-def _routed(model: nn.Module, usage: Mapping[str, int], times: int) -> Iterable[str]:
-    """Parameters of members of a ModuleList or ModuleDict of which other members are used on some steps only."""
+def _chosen(model: nn.Module, usage: Mapping[str, int], times: int) -> tuple[frozenset[str], frozenset[str]]:
+    """Parameters of a ModuleList or ModuleDict: those of which some are used on some steps only, and those never used.
+
+    The first ones are chosen by the data or by chance. The second ones have neighbours that are used on every step.
+    """
+    routed: set[str] = set()
+    optional: set[str] = set()
     for path, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
             continue
+        prefix = f"{path}." if path else ""
         members: dict[str, list[str]] = {}
         for name in usage:
-            if name.startswith(f"{path}." if path else ""):
-                members.setdefault(name.removeprefix(f"{path}." if path else "").partition(".")[0], []).append(name)
+            if name.startswith(prefix):
+                members.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
         counts = {key: max(usage[name] for name in names) for key, names in members.items()}
         if any(0 < count < times for count in counts.values()):
-            yield from (name for key, names in members.items() for name in names)
+            routed.update(name for names in members.values() for name in names)
+        elif path and any(counts.values()):
+            optional.update(name for key, names in members.items() if not counts[key] for name in names)
+    return frozenset(routed), frozenset(optional - routed)

@@ -8,23 +8,97 @@ import torch
 from torch import Tensor
 
 ASKS = frozenset(
-    """
-    .shape .dtype .device .requires_grad .grad_fn .is_leaf .ndim .layout .is_nested .is_sparse .is_sparse_csr
-    .is_cuda .is_cpu .is_meta .is_quantized .is_mkldnn .is_mps .is_xpu .names .itemsize .nbytes ._version
-    ._base ._backward_hooks .output_nr .name .volatile .retains_grad .is_ipu .is_xla .is_vulkan .is_maia
-    .is_mtia size dim ndimension numel nelement stride storage_offset data_ptr is_floating_point is_complex
-    is_contiguous is_inference is_signed is_same_size is_conj is_neg is_pinned is_shared is_coalesced
-    element_size get_device __len__ __hash__ __repr__ __format__ __dir__ __reduce_ex__ storage untyped_storage
-    register_hook register_post_accumulate_grad_hook result_type can_cast broadcast_shapes is_tensor
-    is_nonzero _record_function_enter_new _record_function_exit._RecordFunction __get__
-    """.split()
+    [
+        ".shape",
+        ".dtype",
+        ".device",
+        ".requires_grad",
+        ".grad_fn",
+        ".is_leaf",
+        ".ndim",
+        ".layout",
+        ".is_nested",
+        ".is_sparse",
+        ".is_sparse_csr",
+        ".is_cuda",
+        ".is_cpu",
+        ".is_meta",
+        ".is_quantized",
+        ".is_mkldnn",
+        ".is_mps",
+        ".is_xpu",
+        ".names",
+        ".itemsize",
+        ".nbytes",
+        "._version",
+        "._base",
+        "._backward_hooks",
+        ".output_nr",
+        ".name",
+        ".volatile",
+        ".retains_grad",
+        ".is_ipu",
+        ".is_xla",
+        ".is_vulkan",
+        ".is_maia",
+        ".is_mtia",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "data_ptr",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_inference",
+        "is_signed",
+        "is_same_size",
+        "is_conj",
+        "is_neg",
+        "is_pinned",
+        "is_shared",
+        "is_coalesced",
+        "element_size",
+        "get_device",
+        "__len__",
+        "__hash__",
+        "__repr__",
+        "__format__",
+        "__dir__",
+        "__reduce_ex__",
+        "storage",
+        "untyped_storage",
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+        "result_type",
+        "can_cast",
+        "broadcast_shapes",
+        "is_tensor",
+        "is_nonzero",
+        "_record_function_enter_new",
+        "_record_function_exit._RecordFunction",
+        "__get__",
+    ]
 )
 """Questions about a tensor: they carry no value from one to another."""
 
 ESCAPES = frozenset(
-    """
-    item __float__ __int__ __bool__ __index__ __complex__ tolist numpy __array__ __dlpack__ __contains__
-    """.split()
+    [
+        "item",
+        "__float__",
+        "__int__",
+        "__bool__",
+        "__index__",
+        "__complex__",
+        "tolist",
+        "numpy",
+        "__array__",
+        "__dlpack__",
+        "__contains__",
+    ]
 )
 """Functions whose result is no tensor: a value that leaves torch."""
 

@@ -192,7 +192,8 @@ class Tape(TorchFunctionMode):
         out = func(*args, **kwargs)
         frame = None
         try:
-            frame = self._follow(name, tensors, out)
+            if name not in _OF_GRADIENTS:
+                frame = self._follow(name, tensors, out)
         except Exception as error:  # our bug must not stop the program that is watched
             self.broken.append(error)
         if listeners:
@@ -330,6 +331,8 @@ class Tape(TorchFunctionMode):
 
 
 _NOTHING = _State()
+_OF_GRADIENTS = frozenset((".grad", ".grad=", "requires_grad_", "retain_grad"))
+"""Calls with a parameter that do not use its value, such as those of `zero_grad`."""
 _DEEP = 6
 """Frames above a call in which the forward of a custom function is looked for: wrappers of torch's, helpers."""
 _CHECKPOINT = CheckpointFunction.forward.__code__

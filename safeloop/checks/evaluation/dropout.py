@@ -80,8 +80,10 @@ class DropoutInEvaluation(CallCheck):
     title = "dropout active in evaluation"
     severity = "warning"
     hears = frozenset(
-        ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
-        + ["scaled_dot_product_attention"]
+        (
+            *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+            "scaled_dot_product_attention",
+        )
     )
 
     def __init__(self) -> None:

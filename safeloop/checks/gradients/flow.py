@@ -18,7 +18,8 @@ class NoGradient(Check):
     Looks at which parameters the backward passes reach on the steps that are looked at in depth, and tells those that
     none of at least 3 reached, with the line that cut their path, where there is one. Experts, layers and branches
     that are chosen by the data or by chance are left alone: members of a container of which others are used on some
-    steps only. Cost: a walk over the graph, and the tape of calls.
+    steps only. A member that is never used, beside others that always are, may come later (progressive growing): it
+    is a warning. Cost: a walk over the graph, and the tape of calls.
 
     ## Why it is bad
     The parameter keeps its initial value, and weight decay may even shrink it. The model is smaller than it looks, and
@@ -72,13 +73,13 @@ class NoGradient(Check):
     @classmethod
     def find(cls, view: History) -> Iterator[Fault]:
         """One fault for all parameters with one cause."""
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str, bool], list[str]] = {}
         for name, trace in view.traces.items():
             if trace.steps and trace.absent == trace.steps and name not in view.routed:
                 cause = trace.cause
-                key = ("", "") if cause is None else (cause.text, at(cause.site, ""))
-                groups.setdefault(key, []).append(name)
-        for (text, place), names in groups.items():
+                text, site = ("", None) if cause is None else (cause.text, cause.site)
+                groups.setdefault((text, at(site, ""), name in view.optional), []).append(name)
+        for (text, place, is_optional), names in groups.items():
             trace = view.traces[names[0]]
             cause = trace.cause
             yield cls.fault(
@@ -86,6 +87,7 @@ class NoGradient(Check):
                 where=place or view.where,
                 why=text or "no loss depends on them, or every path to them is cut",
                 fix=_FIXES["unused" if cause is None else cause.kind],
+                severity="warning" if is_optional else None,
                 names=names,
             )
 
@@ -93,7 +95,8 @@ class NoGradient(Check):
 _FIXES = {
     "cut": "keep the path in differentiable torch functions with grad mode on; freeze them by `requires_grad_(False)` "
     "where they are not to be trained",
-    "escape": "use their result in a loss, without leaving torch; freeze them by `requires_grad_(False)` where they are "
+    "escape": "use their result in a loss, without leaving torch; freeze them by "
+    "`requires_grad_(False)` where they are "
     "not to be trained",
     "unused": "use them in the forward, remove them, or freeze them by `requires_grad_(False)`",
 }
@@ -215,7 +218,8 @@ class TermAlwaysZero(Check):
                 yield cls.fault(
                     f"loss term `{term}` was exactly 0 on all of {steps} steps, and has a graph",
                     where=view.term_sites.get(term, view.where),
-                    why="it is multiplied by zero (an integer division such as `1 // 4`, a weight that was never set), or "
+                    why="it is multiplied by zero (an integer division such as `1 // 4`, a weight that "
+                    "was never set), or "
                     "clamped there: what only it trains gets zero gradients",
                     fix="correct its weight, or take the term out; where it is zero until later, give it a weight that "
                     "moves (`losses.NAME.weight: {start, end, steps}`) or `every`",

@@ -55,3 +55,5 @@ class History:
     """the largest norm of all gradients together"""
     routed: frozenset[str] = frozenset()
     """parameters of modules that share a container with others that are used on some steps only"""
+    optional: frozenset[str] = frozenset()
+    """parameters of modules that are never used, while others of the same container are: they may come later"""

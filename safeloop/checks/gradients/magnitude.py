@@ -134,7 +134,8 @@ class ExplodingGradient(Check):
             yield cls.fault(
                 f"the gradient of {listed(names)} has a norm of up to {view.traces[names[0]].largest:.3g}",
                 where=view.where,
-                why="a gain above 1 is repeated many times (a recurrent weight, layers without normalisation), or a loss "
+                why="a gain above 1 is repeated many times (a recurrent weight, layers without "
+                "normalisation), or a loss "
                 "is summed where a mean was meant",
                 fix="lower the gain, normalise, or clip (`max_norm`); a step with it would destroy the weights",
                 names=names,

@@ -94,10 +94,12 @@ class PathCutByData(CallCheck):
             if node in numbers and place not in self._told:
                 self._told.add(place)
                 yield self.fault(
-                    "`.data` of a tensor is added to what is computed from it, and the tensor is differentiated by another "
+                    "`.data` of a tensor is added to what is computed from it, and the tensor is "
+                    "differentiated by another "
                     "path: one of its paths is cut",
                     where=place + (f"; module `{module}`" if module else ""),
-                    why="`.data` returns the value without its history: the gradient of a residual or skip connection is "
+                    why="`.data` returns the value without its history: the gradient of a residual or "
+                    "skip connection is "
                     "dropped, while every parameter still has a gradient",
                     fix="drop `.data`; where the path is to be cut on purpose, write `.detach()`, which says so",
                     names=(module,) if module else (),

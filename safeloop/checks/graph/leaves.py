@@ -81,10 +81,12 @@ class GradientOfNonLeaf(CallCheck):
         origin = call.tape.origins.get(tensor.grad_fn._sequence_nr())
         made = f"; it was made at {at(origin.site, origin.name)}" if origin is not None else ""
         yield self.fault(
-            f"`.grad` of a tensor of shape {list(tensor.shape)} is None: it is the result of `{tensor.grad_fn.name()}`, "
+            f"`.grad` of a tensor of shape {list(tensor.shape)} is None: it is the result of "
+            f"`{tensor.grad_fn.name()}`, "
             "not a leaf",
             where=place + made,
-            why="backward() fills `.grad` of leaves only. An update such as `w = w - lr * w.grad` binds the name to a new "
+            why="backward() fills `.grad` of leaves only. An update such as `w = w - lr * w.grad` binds "
+            "the name to a new "
             "tensor that is no leaf, and the parameter itself is never changed",
             fix="update in place under `with torch.no_grad(): w -= lr * w.grad`, or use an optimizer; for an "
             "intermediate value call `retain_grad()` before backward()",

@@ -74,7 +74,8 @@ class CheckpointRunsTwice(CallCheck):
         self._told.add(module)
         kind = type(call.tape.running).__name__ if call.tape.running is not None else "batch_norm"
         yield self.fault(
-            f"`{module}` ({kind}, BatchNorm in train mode) runs inside a checkpoint: its running statistics take in every "
+            f"`{module}` ({kind}, BatchNorm in train mode) runs inside a checkpoint: its running "
+            "statistics take in every "
             "batch twice",
             where=f"module `{module}`; {at(call.site, 'its forward')}",
             why="the backward pass runs the checkpointed forward again, and with it the update of running_mean, "

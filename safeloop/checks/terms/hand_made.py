@@ -61,7 +61,7 @@ class PenaltyWithoutGraph(CallCheck):
 
     code = "SL422"
     title = "penalty without create_graph"
-    hears = frozenset(("grad", *_SUMS))
+    hears = frozenset(("grad", "detach", *_SUMS))
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -74,21 +74,28 @@ class PenaltyWithoutGraph(CallCheck):
                     if isinstance(tensor, Tensor):
                         call.tape.mark(tensor, Mark("gradient", "grad", "", call.site, call.tape.module, 0))
             return
+        if call.name == "detach":
+            if any(mark.kind == "gradient" for mark in call.tape.marks_of(call.args[0])):
+                call.tape.mark(call.out, Mark("constant", "detach", "", call.site, call.tape.module, 0))
+            return
         scalars = [t for t in call.tensors if not t.dim()]
         if len(scalars) < 2 or not any(t.requires_grad for t in scalars):
             return
         for tensor in scalars:
-            mark = next((m for m in call.tape.marks_of(tensor) if m.kind == "gradient"), None)
-            if tensor.requires_grad or mark is None:
+            marks = {m.kind: m for m in reversed(list(call.tape.marks_of(tensor)))}
+            mark = marks.get("gradient")
+            if tensor.requires_grad or mark is None or "constant" in marks:
                 continue
             place = at(mark.site, "torch.autograd.grad")
             if place not in self._told:
                 self._told.add(place)
                 yield self.fault(
-                    "a penalty computed from torch.autograd.grad(..., create_graph=False) is added to the loss: it is a "
+                    "a penalty computed from torch.autograd.grad(..., create_graph=False) is added "
+                    "to the loss: it is a "
                     f"constant there, value {float(tensor):.4g}",
                     where=f"{place}; added at {at(call.site, 'the loss')}",
-                    why="without create_graph=True the gradients have no history: the penalty is part of the loss that is "
+                    why="without create_graph=True the gradients have no history: the penalty is part of "
+                    "the loss that is "
                     "logged, and trains nothing",
                     fix="pass create_graph=True to torch.autograd.grad, or let a Trainer do it by `self.penalty(...)`",
                 )
@@ -168,8 +175,10 @@ class PenaltyThroughBatchNorm(CallCheck):
             f"the gradient with respect to a batch of inputs runs through BatchNorm in train mode: {listed(mixed)} "
             f"({next(iter(mixed.values())).name})",
             where=place,
-            why="each output depends on every sample of the batch, so what is penalised is not the gradient of one sample",
-            fix="use LayerNorm, GroupNorm or InstanceNorm there, or put the normalisation into eval mode for the penalty",
+            why="each output depends on every sample of the batch, so what is penalised is not the "
+            "gradient of one sample",
+            fix="use LayerNorm, GroupNorm or InstanceNorm there, or put the normalisation into eval mode "
+            "for the penalty",
             names=tuple(mixed),
         )
 

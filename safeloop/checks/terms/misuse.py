@@ -15,8 +15,10 @@ from safeloop.faults import Fault
 _DIFFERENCES = frozenset(["sub", "__sub__", "subtract", "rsub", "__rsub__"])
 _SUMS = frozenset(["mean", "sum"])
 _LOSSES = frozenset(
-    ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "poisson_nll_loss"]
-    + ["binary_cross_entropy_with_logits", "kl_div"]
+    (
+        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "poisson_nll_loss"),
+        *("binary_cross_entropy_with_logits", "kl_div"),
+    )
 )
 
 
@@ -100,7 +102,8 @@ class BroadcastInLoss(CallCheck):
             yield self.fault(
                 f"{what}: every prediction is compared with every target",
                 where=place,
-                why="one of the two lacks a dimension; the loss goes down all the same, towards the mean of the targets",
+                why="one of the two lacks a dimension; the loss goes down all the same, towards the mean of the "
+                "targets",
                 fix="bring both to one shape: `pred.squeeze(-1)` or `target.unsqueeze(-1)`",
                 severity=severity,
             )
