@@ -90,6 +90,7 @@ class LoopWatch:
     def dive(self) -> None:
         """Look at the next iteration in depth."""
         if is_compiled(self._model):
+            self.surface()
             return
         if not self.is_deep:
             self.journal.open()

@@ -121,7 +121,8 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
         text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
         return Cause(text, mark.site, mark.module, "escape")
     if tape.used & bit:
-        return Cause("they are used, but nothing that is computed from them reaches a loss", kind="escape")
+        text = "they are used, but nothing that is computed from them reaches a loss"
+        return Cause(text, tape.first_use_of(bit), kind="escape")
     return Cause("no torch function was ever called with them: the forward does not use them", kind="unused")
 
 

@@ -119,6 +119,7 @@ class Tape(TorchFunctionMode):
         """classes of `torch.autograd.Function` -> the arguments of their first call, until somebody takes them"""
         self.used = 0
         """the parameters that some call has used, as bits"""
+        self._first_uses: list[tuple[int, Site]] = []
         self.first_node = 0
         """every node that is younger than this was made while the tape was on"""
         self._listeners = dict(listeners or {})
@@ -138,6 +139,7 @@ class Tape(TorchFunctionMode):
         self.functions.clear()
         self._states.clear()
         self.used = 0
+        self._first_uses.clear()
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in named)
         self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
@@ -224,6 +226,10 @@ class Tape(TorchFunctionMode):
         """The user's line that made a scalar; None where it is not known."""
         return self._state(tensor).site
 
+    def first_use_of(self, bit: int) -> Site | None:
+        """The user's line that used a parameter first."""
+        return next((site for bits, site in self._first_uses if bits & bit), None)
+
     def names_of(self, bits: int) -> list[str]:
         """The parameters that bits stand for."""
         return [name for i, name in enumerate(self.names) if bits >> i & 1]
@@ -235,18 +241,22 @@ class Tape(TorchFunctionMode):
 
     def _follow(self, name: str, tensors: Sequence[Tensor], out: Any) -> FrameType | None:
         """What the result is made of; the frame where it had to be looked up."""
-        live = marks = 0
+        live = marks = used = 0
         for tensor in tensors:
             bit = self._bits.get(id(tensor))
             if bit is not None:
                 live |= bit if tensor.requires_grad else 0
-                self.used |= bit
+                used |= bit
                 continue
             state = self._states.get(id(tensor))
             if state is not None and state.keeper() is tensor:
                 live |= state.live
                 marks |= state.marks
         frame = None
+        if fresh := used & ~self.used:
+            self.used |= fresh
+            if (frame := user_frame(3)) is not None:
+                self._first_uses.append((fresh, site_of(frame)))
         results = list(_tensors(out, 2))
         if name in ("__setitem__", "copy_") and tensors:
             results = [tensors[0]]

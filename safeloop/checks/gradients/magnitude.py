@@ -60,13 +60,12 @@ class VanishingGradient(Check):
     @classmethod
     def find(cls, view: History) -> Iterator[Fault]:
         """Where the norm of a weight's gradient was below 1e-12 of the largest on every step."""
-        names = [
-            name
-            for name, trace in view.traces.items()
-            if trace.tiny == trace.steps and trace.steps >= 5 and view.dimensions.get(name, 0) > 1
-        ]
+        weights = {n: t for n, t in view.traces.items() if t.steps >= 5 and view.dimensions.get(n, 0) > 1}
+        tiny = [name for name, trace in weights.items() if trace.tiny == trace.steps]
+        underflown = [n for n, t in weights.items() if t.cause is None and t.zero and t.tiny + t.zero == t.steps]
+        names = [name for name in weights if name in {*tiny, *underflown}] if tiny else []
         if names:
-            trace = view.traces[names[0]]
+            trace = view.traces[tiny[-1]]
             yield cls.fault(
                 f"the gradients of {listed(names)} have norms of at most {trace.largest:.2g}, below {TINY:g} of the "
                 f"largest, on all of {trace.steps} steps",

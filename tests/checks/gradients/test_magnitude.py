@@ -28,7 +28,8 @@ def stack(activation: Callable[[], nn.Module], depth: int, gain: float = 1.0) ->
 def recurrence(gain: float, steps: int) -> Callable[[], Any]:
     def make() -> Any:
         model = nn.ModuleDict({"cell": nn.Linear(6, 6, bias=False), "first": nn.Linear(6, 6), "head": nn.Linear(6, 1)})
-        nn.init.eye_(model["cell"].weight).mul_(gain)
+        with torch.no_grad():
+            model["cell"].weight.copy_(gain * torch.eye(6))
 
         def step(i: int) -> Tensor:
             h = model["first"](X)
@@ -49,7 +50,7 @@ def recurrence(gain: float, steps: int) -> Callable[[], Any]:
 def test_a_vanishing_gradient_is_told(make: Any, audited: Any) -> None:
     faults = audited(make)
     assert [fault.code for fault in faults] == ["SL504"], faults
-    assert faults[0].names[0] in ("0.0.weight", "first.weight")
+    assert not {"0.0.weight", "first.weight"}.isdisjoint(faults[0].names)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ BY_DATA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda h, f: f + h.data,  # guilty
     "first": lambda h, f: h.data + f,  # guilty
     "cat": lambda h, f: torch.cat([h.data, f], 1),  # guilty
-    "in place": lambda h, f: f.add_(h.data),  # guilty
+    "in place": lambda h, f: (f * 1.0).add_(h.data),  # guilty
     "torch.add": lambda h, f: torch.add(f, h.data),  # guilty
     "stack": lambda h, f: torch.stack([f, h.data]).mean(0),  # guilty
 }
