@@ -147,7 +147,7 @@ _WHY_ZERO = {
     "Max": "the other argument is larger for every element",
     "Sigmoid": "every element is saturated, so that the derivative underflows to zero",
     "Tanh": "every element is saturated, so that the derivative underflows to zero",
-    "Softmax": "the softmax is saturated, so that its derivative underflows to zero",
+    "Softmax": "the softmax is saturated, or runs over a single value: its derivative is zero",
 }
 
 

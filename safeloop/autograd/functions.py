@@ -81,7 +81,7 @@ class _Probe:
             for place, leaf in zip(self.places, wanted, strict=True):
                 values[place] = leaf.clone()  # the forward may write into it
             out = _first(self._kind.apply(*values))  # type: ignore[no-untyped-call]
-        given = torch.autograd.grad(out, wanted, weights.to(out.dtype), allow_unused=True)
+        given: Sequence[Tensor | None] = torch.autograd.grad(out, wanted, weights.to(out.dtype), allow_unused=True)
         return [torch.zeros_like(v) if g is None else g.double() for v, g in zip(wanted, given, strict=True)]
 
 
