@@ -241,17 +241,7 @@ class Tape(TorchFunctionMode):
 
     def _follow(self, name: str, tensors: Sequence[Tensor], out: Any) -> FrameType | None:
         """What the result is made of; the frame where it had to be looked up."""
-        live = marks = used = 0
-        for tensor in tensors:
-            bit = self._bits.get(id(tensor))
-            if bit is not None:
-                live |= bit if tensor.requires_grad else 0
-                used |= bit
-                continue
-            state = self._states.get(id(tensor))
-            if state is not None and state.keeper() is tensor:
-                live |= state.live
-                marks |= state.marks
+        live, marks, used = self._gathered(tensors)
         frame = None
         if fresh := used & ~self.used:
             self.used |= fresh
@@ -281,6 +271,21 @@ class Tape(TorchFunctionMode):
         if live and not results and name in ESCAPES:
             self._cut(name, tensors, out, live, user_frame(3))
         return frame
+
+    def _gathered(self, tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+        """The parameters that these tensors have a path to, the marks that they have met, the parameters among them."""
+        live = marks = used = 0
+        for tensor in tensors:
+            bit = self._bits.get(id(tensor))
+            if bit is not None:
+                live |= bit if tensor.requires_grad else 0
+                used |= bit
+                continue
+            state = self._states.get(id(tensor))
+            if state is not None and state.keeper() is tensor:
+                live |= state.live
+                marks |= state.marks
+        return live, marks, used
 
     def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
         source = next((t for t in tensors if self.live(t)), None)

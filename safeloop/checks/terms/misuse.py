@@ -83,7 +83,7 @@ class BroadcastInLoss(CallCheck):
         if shape is None or bool(call.tape.live(a)) == bool(call.tape.live(b)) or _is_meant(call, a, b):
             return
         what = f"`{call.name.strip('_')}` of {list(a.shape)} and {list(b.shape)} broadcast to {shape}"
-        if call.name in _LOSSES:
+        if call.name in _LOSSES and call.kwargs.get("reduction") != "none":
             yield from self._tell(at(call.site, "the loss"), what, "error")
         else:
             call.tape.mark(call.out, Mark("outer", what, str(shape), call.site, call.tape.module, 0))

@@ -45,6 +45,7 @@ RESIDUALS = {
     "asymmetric": lambda z: torch.where(z - Y > 0, z - Y, 2 * (Y - z)).mean(),
     "log-cosh": lambda z: torch.log(torch.cosh(z - Y)).mean(),
     "gaussian by hand": lambda z: 0.5 * ((Y - z) / 2.0).square().mean(),
+    "not reduced at once": lambda z: F.mse_loss(z, Y, reduction="none").mean(),
     "squeezed prediction": lambda z: (z.squeeze(1) - Y.view(-1, 1)).square().mean(),
 }
 
@@ -58,6 +59,7 @@ def test_a_loss_that_broadcasts_is_an_error(name: str, audited: Any, trained: An
         assert "[16, 16]" in faults[0].what
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("name", RESIDUALS)
 def test_a_residual_that_broadcasts_is_a_warning(name: str, audited: Any) -> None:
     faults = audited(program(1, RESIDUALS[name]), steps=2)
@@ -70,6 +72,7 @@ PAIRS = {
     "unsqueezed": lambda z: (z.squeeze(1).unsqueeze(1) - Y).abs().mean(),
     "reduced along one dimension": lambda z: (z - Y).square().min(1).values.mean(),
     "logsumexp over anchors": lambda z: (-(z - Y).square()).logsumexp(1).mean(),
+    "a loss for each pair": lambda z: F.mse_loss(z, Y, reduction="none").amin(1).mean(),
     "bins": lambda z: (z - torch.linspace(-1, 1, 5)).square().mean(),
     "same shape": lambda z: (z - Y[:, None]).square().mean(),
     "a number": lambda z: (z - Y.mean()).square().mean(),
@@ -79,6 +82,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_that_are_meant_are_not_told(name: str, audited: Any) -> None:
     assert audited(program(1, PAIRS[name]), steps=2) == []
