@@ -101,6 +101,7 @@ class LoopWatch:
     def dive(self) -> None:
         """Look at the next iteration in depth."""
         if is_compiled(self._model):
+            self.surface()
             return
         if not self.is_deep:
             self.journal.open()
@@ -224,7 +225,7 @@ class LoopWatch:
         if parameter.grad is None:
             return False
         values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
-        return not math.isfinite(float(values.detach().float().norm()))
+        return not math.isfinite(float(values.detach().abs().float().norm()))
 
     def _update(self, owner: str, optimizer: Optimizer, *, has_closure: bool = False, skipped: bool = False) -> Update:
         held = self.journal.claim(owner, optimizer)

@@ -12,8 +12,8 @@ from safeloop.autograd.norms import each_norm
 from safeloop.autograd.survey import survey
 from safeloop.autograd.tape import Tape
 from safeloop.autograd.zeros import Stop, ZeroTrace
-from safeloop.checks.gradients.flow import TINY
 from safeloop.checks.gradients.history import Cause, History, Trace
+from safeloop.checks.gradients.magnitude import TINY
 
 ENOUGH_STEPS = 5
 """Steps that must have been looked at before anything is said of what their gradients show together"""
@@ -81,13 +81,13 @@ class GradientWatch:
             elif math.isfinite(norm):
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
-            if name in norms and trace.cause is not None and trace.cause.kind != "zero":
+            if name in norms and trace.cause is not None and trace.cause.kind not in ("zero", "empty"):
                 trace.cause = None
         self._reached.clear()
 
     def finish(self) -> History:
         """The history, with the parameters of modules that are chosen by the data."""
-        self.history.routed = frozenset(_routed(self._model, self._usage, self._tapes))
+        self.history.routed, self.history.optional = _chosen(self._model, self._usage, self._tapes)
         return self.history
 
     def _of(self, name: str) -> Trace:
@@ -102,7 +102,10 @@ class GradientWatch:
             if stop is not None:
                 origin = tape.origins.get(stop.number)
                 trace.cause = Cause(
-                    _why_zero(stop.name), origin.site if origin else None, origin.module if origin else "", "zero"
+                    _why_zero(stop.name),
+                    origin.site if origin else None,
+                    origin.module if origin else "",
+                    "empty" if stop.is_empty else "zero",
                 )
 
 
@@ -120,7 +123,8 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
         text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
         return Cause(text, mark.site, mark.module, "escape")
     if tape.used & bit:
-        return Cause("they are used, but nothing that is computed from them reaches a loss", kind="escape")
+        text = "they are used, but nothing that is computed from them reaches a loss"
+        return Cause(text, tape.first_use_of(bit), kind="escape")
     return Cause("no torch function was ever called with them: the forward does not use them", kind="unused")
 
 
@@ -131,6 +135,12 @@ _WHY_ZERO = {
     "Hardtanh": "every element is saturated: the derivative is zero there",
     "Hardsigmoid": "every element is saturated: the derivative is zero there",
     "Mul": "the other factor is zero",
+    "Lerp": "the factor that mixes them is zero",
+    "Addmm": "the weight, the other factor, is zero",
+    "Mm": "the other factor is zero",
+    "Bmm": "the other factor is zero",
+    "Convolution": "the weight, the other factor, is zero",
+    "Div": "the factor is zero",
     "Round": "rounding has the derivative zero everywhere",
     "Floor": "floor has the derivative zero everywhere",
     "Ceil": "ceil has the derivative zero everywhere",
@@ -139,7 +149,7 @@ _WHY_ZERO = {
     "Max": "the other argument is larger for every element",
     "Sigmoid": "every element is saturated, so that the derivative underflows to zero",
     "Tanh": "every element is saturated, so that the derivative underflows to zero",
-    "Softmax": "the softmax is saturated, so that its derivative underflows to zero",
+    "Softmax": "the softmax is saturated, or runs over a single value: its derivative is zero",
 }
 
 
@@ -157,15 +167,24 @@ def _norms(gradients: list[Tensor]) -> list[float]:
         return [float(norm) for norm in each_norm([g.coalesce()._values() if g.is_sparse else g for g in gradients])]
 
 
-def _routed(model: nn.Module, usage: Mapping[str, int], times: int) -> Iterable[str]:
-    """Parameters of members of a ModuleList or ModuleDict of which other members are used on some steps only."""
+def _chosen(model: nn.Module, usage: Mapping[str, int], times: int) -> tuple[frozenset[str], frozenset[str]]:
+    """Parameters of a ModuleList or ModuleDict: those of which some are used on some steps only, and those never used.
+
+    The first ones are chosen by the data or by chance. The second ones have neighbours that are used on every step.
+    """
+    routed: set[str] = set()
+    optional: set[str] = set()
     for path, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
             continue
+        prefix = f"{path}." if path else ""
         members: dict[str, list[str]] = {}
         for name in usage:
-            if name.startswith(f"{path}." if path else ""):
-                members.setdefault(name.removeprefix(f"{path}." if path else "").partition(".")[0], []).append(name)
+            if name.startswith(prefix):
+                members.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
         counts = {key: max(usage[name] for name in names) for key, names in members.items()}
         if any(0 < count < times for count in counts.values()):
-            yield from (name for key, names in members.items() for name in names)
+            routed.update(name for names in members.values() for name in names)
+        elif path and any(counts.values()):
+            optional.update(name for key, names in members.items() if not counts[key] for name in names)
+    return frozenset(routed), frozenset(optional - routed)

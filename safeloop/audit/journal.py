@@ -170,4 +170,3 @@ def is_zero(gradient: Tensor) -> bool:
     """Whether every entry is zero; reads the device."""
     values = gradient._values() if gradient.is_sparse else gradient
     return not bool(values.detach().any())
-

@@ -17,7 +17,8 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
 from safeloop.audit.stretch import build_tape, is_compiled
 from safeloop.autograd.survey import survey
-from safeloop.checks.evaluation.modes import DropoutInEvaluation, GradModeLeftOff, ModeChangedInLoss, restless
+from safeloop.checks.evaluation.dropout import DropoutInEvaluation
+from safeloop.checks.evaluation.modes import GradModeLeftOff, ModeChangedInLoss, restless
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.setup.ownership import ParameterAppearedLate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 from torch import nn
 from torch.overrides import _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -71,11 +70,16 @@ class OpenTape:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile runs a part of the model: a tape cannot see into it, and would make it compile again."""
+    """Whether torch.compile runs a part of the model, or any other function of this process.
+
+    A tape cannot see into what is compiled, and torch.compile would trace the tape with it: graphs break, are compiled
+    again, and `fullgraph=True` fails.
+    """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    optimized = getattr(dynamo, "OptimizedModule", ()) if dynamo is not None else ()
-    with suppress(AttributeError):
-        for module in model.modules():
-            if isinstance(module, optimized) or module._compiled_call_impl is not None:
-                return True
-    return False
+    optimized = getattr(dynamo, "OptimizedModule", ())
+    if any(backend is not None for backend in getattr(dynamo, "cached_backends", {}).values()):
+        return True
+    return any(
+        isinstance(module, optimized) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from safeloop.seeds import isolated_rng
 
 _STEPS = (1e-4, 2e-4)
 _AGREE = 1e-3
-"""Two step widths must give one derivative to this accuracy: else the function is not smooth here, and nothing is said"""
+"""Two step widths must give one derivative to this accuracy: else the function is not smooth here."""
 _WRONG = 2e-2
+_MOST = 1 << 22
+"""Arguments with more entries are not copied into float64."""
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,58 +30,129 @@ class Disagreement:
     numeric: float
     """the same by central differences in float64"""
     ignores_gradient: bool
-    """whether the backward gives something although the incoming gradient is zero"""
+    """whether the backward gives the same whatever gradient comes in"""
 
 
 def check_function(kind: type[torch.autograd.Function], args: Sequence[Any]) -> Disagreement | None:
     """Compare backward and forward of a custom function at these arguments, in float64.
 
-    Nothing is said where the forward is the identity or its numeric derivative vanishes (gradient reversal,
-    straight-through estimators, surrogate gradients: there the backward is meant to differ), where it is not smooth, or
-    where it cannot be called like this. Random state is left as it is. Cost: six calls.
+    Many backwards differ from the derivative on purpose, and nothing is said of them: the forward is the identity
+    (gradient reversal and scaling), has flat parts or jumps (straight-through estimators, quantisers, surrogate
+    gradients), or the backward is not linear (a clipped or guided gradient, an added penalty). Nor of functions that
+    are not smooth here, that take modules or callables or more than 4 million values, or that run on several ranks,
+    where calling them again may have effects. Random state is left as it is. Cost: about twenty calls, once for each
+    class.
 
     Source: the central difference, as in `torch.autograd.gradcheck`, along one random direction.
     """
-    with isolated_rng(0), torch._C.DisableTorchFunction():
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if not tensors or sum(t.numel() for t in tensors) > _MOST or not all(map(_is_plain, args)) or _has_peers():
+        return None
+    off = torch.autocast(tensors[0].device.type, enabled=False)
+    with isolated_rng(0), torch._C.DisableTorchFunction(), off:
         try:
-            return _compared(lambda values: kind.apply(*values), list(args))  # type: ignore[no-untyped-call]
-        except Exception:
+            return _compared(_Probe(kind, args))
+        except Exception:  # a function that cannot be called like this, such as a kernel without float64
             return None
 
 
-def _compared(function: Callable[[list[Any]], Any], args: list[Any]) -> Disagreement | None:
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
-    places = [i for i in places if args[i].requires_grad or args[i].grad_fn is not None] or places
-    values = [a.detach().double().clone() if i in places else a for i, a in enumerate(args)]
+class _Probe:
+    """A custom function at fixed arguments, in float64."""
 
-    def at(shift: float, directions: list[Tensor]) -> Tensor:
-        moved = list(values)
-        for place, direction in zip(places, directions, strict=True):
-            moved[place] = values[place] + shift * direction
+    def __init__(self, kind: type[torch.autograd.Function], args: Sequence[Any]) -> None:
+        floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
+        self.places = [i for i in floats if args[i].requires_grad] or floats
+        self.values = [a.detach().double() if i in self.places else a for i, a in enumerate(args)]
+        self._kind = kind
+
+    def forward(self, shifts: Sequence[Tensor] = ()) -> Tensor:
+        """The first result, where the differentiated arguments are moved by `shifts`."""
+        values = [v.clone() if isinstance(v, Tensor) else v for v in self.values]
+        for place, shift in zip(self.places, shifts, strict=False):
+            values[place] = values[place] + shift
         with torch.no_grad():
-            return _first(function([m.clone() if isinstance(m, Tensor) else m for m in moved])).double()
+            return _first(self._kind.apply(*values)).double()  # type: ignore[no-untyped-call]
 
-    base = at(0.0, [torch.zeros_like(values[i]) for i in places])
-    if any(base.shape == values[i].shape and torch.equal(base, values[i]) for i in places):
+    def backward(self, weights: Tensor) -> list[Tensor]:
+        """What the backward gives for an incoming gradient, zeros where it gives none; on a graph of its own."""
+        values = [v.detach().clone() if isinstance(v, Tensor) else v for v in self.values]
+        wanted = [values[place].requires_grad_() for place in self.places]
+        with torch.enable_grad():
+            for place, leaf in zip(self.places, wanted, strict=True):
+                values[place] = leaf.clone()  # the forward may write into it
+            out = _first(self._kind.apply(*values))  # type: ignore[no-untyped-call]
+        given: Sequence[Tensor | None] = torch.autograd.grad(out, wanted, weights.to(out.dtype), allow_unused=True)
+        return [torch.zeros_like(v) if g is None else g.double() for v, g in zip(wanted, given, strict=True)]
+
+
+def _compared(probe: _Probe) -> Disagreement | None:
+    base = probe.forward()
+    originals = [probe.values[place] for place in probe.places]
+    if any(v.numel() == base.numel() and torch.equal(v.flatten(), base.flatten()) for v in originals):
         return None
-    directions = [torch.randn_like(values[i]) for i in places]
-    weights = torch.randn_like(base)
-    rates = [float(((at(h, directions) - at(-h, directions)) * weights).sum() / (2 * h)) for h in _STEPS]
-    scale = max(abs(rates[0]), abs(rates[1]))
-    if not scale > 1e-8 or abs(rates[0] - rates[1]) > _AGREE * scale:
+    weights = torch.ones_like(base) if base.numel() == 1 else torch.randn_like(base)
+    given = probe.backward(weights)
+    nothing = probe.backward(torch.zeros_like(base))
+    ignores = any(bool(g.any()) for g in nothing)
+    if ignores and not all(map(torch.allclose, given, nothing)):
         return None
-    leaves = [v.clone().requires_grad_() if i in places else v for i, v in enumerate(values)]
-    with torch.enable_grad():
-        out = _first(function(leaves))
-    wanted = [leaves[i] for i in places]
-    given = torch.autograd.grad(out, wanted, weights.to(out.dtype), retain_graph=True, allow_unused=True)
-    if all(g is None or not bool(g.any()) for g in given):
+    if not ignores and not _is_linear(probe, weights, given):
         return None
-    analytic = float(sum((g * d).sum() for g, d in zip(given, directions, strict=True) if g is not None))
-    if abs(analytic - rates[0]) <= _WRONG * scale:
+    directions = [torch.randn_like(v) * bool(g.any()) for v, g in zip(originals, given, strict=True)]
+    moved = _moved(probe, directions)
+    if moved is None:
         return None
-    nothing = torch.autograd.grad(out, wanted, torch.zeros_like(out), allow_unused=True)
-    return Disagreement(analytic, rates[0], any(g is not None and bool(g.any()) for g in nothing))
+    weights = weights * moved
+    rates = [_rate(probe, directions, weights, h) for h in _STEPS]
+    scale = max(map(abs, rates))
+    if not all(map(math.isfinite, rates)) or scale <= 1e-8 or abs(rates[0] - rates[1]) > _AGREE * scale:
+        return None
+    pairs = zip(probe.backward(weights), directions, strict=True)
+    analytic = float(sum((g * d).sum() for g, d in pairs))
+    if not math.isfinite(analytic) or abs(analytic - rates[0]) <= _WRONG * scale or _jumps(probe, originals):
+        return None
+    return Disagreement(analytic, rates[0], ignores)
+
+
+def _is_linear(probe: _Probe, weights: Tensor, given: list[Tensor]) -> bool:
+    """Whether the backward is a linear map, which the derivative of anything is."""
+    other = torch.randn_like(weights)
+    sums = probe.backward(weights - 2 * other)
+    return all(
+        torch.allclose(s, g - 2 * o, rtol=1e-4, atol=1e-4 * float(g.abs().max() + o.abs().max()))
+        for s, g, o in zip(sums, given, probe.backward(other), strict=True)
+    )
+
+
+def _moved(probe: _Probe, directions: list[Tensor]) -> Tensor | None:
+    """Which results move with the arguments; None where an argument with a gradient moves none of them."""
+    moved = None
+    for i, direction in enumerate(directions):
+        if bool(direction.any()):
+            alone = [d * _STEPS[0] if j == i else torch.zeros_like(d) for j, d in enumerate(directions)]
+            changed = probe.forward(alone) != probe.forward([-d for d in alone])
+            if not bool(changed.any()):
+                return None
+            moved = changed if moved is None else moved | changed
+    return moved
+
+
+def _rate(probe: _Probe, directions: list[Tensor], weights: Tensor, h: float) -> float:
+    ahead, behind = (probe.forward([s * d for d in directions]) for s in (h, -h))
+    change = torch.where(weights != 0, (ahead - behind) * weights, 0.0)
+    return float(change.sum() / (2 * h))
+
+
+def _jumps(probe: _Probe, originals: list[Tensor], coarse: int = 16, finer: int = 8) -> bool:
+    """Whether the forward jumps on a line to the same values in another order: steps 8 times finer stay as large."""
+    ways = [v.flatten()[torch.randperm(v.numel(), device=v.device)].view_as(v) - v for v in originals]
+
+    def largest(count: int) -> float:
+        line = [probe.forward([t / count * way for way in ways]) for t in range(count + 1)]
+        steps = (a - b for a, b in zip(line[1:], line[:-1], strict=True))
+        return max(float(s.nan_to_num(0.0, 0.0, 0.0).abs().max()) for s in steps)
+
+    return largest(coarse * finer) > 0.5 * largest(coarse)
 
 
 def _first(result: Any) -> Tensor:
@@ -85,3 +160,15 @@ def _first(result: Any) -> Tensor:
     if not tensor.is_floating_point():
         raise TypeError("no floating-point result")
     return tensor
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value holds no state of somebody else's that another call could change."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value)) and not any(isinstance(v, Tensor) for v in value)
+    return isinstance(value, (Tensor, *_PLAIN))
+
+
+def _has_peers() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

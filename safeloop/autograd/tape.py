@@ -122,6 +122,7 @@ class Tape(TorchFunctionMode):
         """classes of `torch.autograd.Function` -> the arguments of their first call, until somebody takes them"""
         self.used = 0
         """the parameters that some call has used, as bits"""
+        self._first_uses: list[tuple[int, Site]] = []
         self.first_node = 0
         """every node that is younger than this was made while the tape was on"""
         self._listeners = dict(listeners or {})
@@ -142,6 +143,7 @@ class Tape(TorchFunctionMode):
         self._states.clear()
         self.writes.clear()
         self.used = 0
+        self._first_uses.clear()
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in named)
         self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
@@ -194,10 +196,15 @@ class Tape(TorchFunctionMode):
         if not torch.is_grad_enabled():
             self._note_function(sys._getframe(1))
         out = func(*args, **kwargs)
-        frame = self._follow(name, tensors, out)
-        if tensors and writes_to(name):
-            frame = frame or user_frame(2)
-            self.writes.note(tensors[0], name, None if frame is None else site_of(frame))
+        frame = None
+        try:
+            if name not in _OF_GRADIENTS:
+                frame = self._follow(name, tensors, out)
+            if tensors and writes_to(name):
+                frame = frame or user_frame(2)
+                self.writes.note(tensors[0], name, None if frame is None else site_of(frame))
+        except Exception as error:  # our bug must not stop the program that is watched
+            self.broken.append(error)
         if listeners:
             self._tell(
                 listeners,
@@ -226,6 +233,10 @@ class Tape(TorchFunctionMode):
         """The user's line that made a scalar; None where it is not known."""
         return self._state(tensor).site
 
+    def first_use_of(self, bit: int) -> Site | None:
+        """The user's line that used a parameter first."""
+        return next((site for bits, site in self._first_uses if bits & bit), None)
+
     def names_of(self, bits: int) -> list[str]:
         """The parameters that bits stand for."""
         return [name for i, name in enumerate(self.names) if bits >> i & 1]
@@ -237,23 +248,17 @@ class Tape(TorchFunctionMode):
 
     def _follow(self, name: str, tensors: Sequence[Tensor], out: Any) -> FrameType | None:
         """What the result is made of; the frame where it had to be looked up."""
-        live = marks = 0
-        for tensor in tensors:
-            bit = self._bits.get(id(tensor))
-            if bit is not None:
-                live |= bit if tensor.requires_grad else 0
-                self.used |= bit
-                continue
-            state = self._states.get(id(tensor))
-            if state is not None and state.keeper() is tensor:
-                live |= state.live
-                marks |= state.marks
+        live, marks, used = self._gathered(tensors)
         frame = None
+        if fresh := used & ~self.used:
+            self.used |= fresh
+            if (frame := user_frame(3)) is not None:
+                self._first_uses.append((fresh, site_of(frame)))
         results = list(_tensors(out, 2))
         if name in ("__setitem__", "copy_") and tensors:
             results = [tensors[0]]
         for result in results:
-            node = result.grad_fn
+            node = _node_of(result)
             is_scalar = not result.dim()
             if node is None and not live and not marks and not is_scalar:
                 continue
@@ -274,9 +279,25 @@ class Tape(TorchFunctionMode):
             self._cut(name, tensors, out, live, user_frame(3))
         return frame
 
+    def _gathered(self, tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+        """The parameters that these tensors have a path to, the marks that they have met, the parameters among them."""
+        live = marks = used = 0
+        for tensor in tensors:
+            bit = self._bits.get(id(tensor))
+            if bit is not None:
+                live |= bit if tensor.requires_grad else 0
+                used |= bit
+                continue
+            state = self._states.get(id(tensor))
+            if state is not None and state.keeper() is tensor:
+                live |= state.live
+                marks |= state.marks
+        return live, marks, used
+
     def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
         source = next((t for t in tensors if self.live(t)), None)
-        node = None if source is None or source.grad_fn is None else source.grad_fn._sequence_nr()
+        made_by = None if source is None else _node_of(source)
+        node = None if made_by is None else made_by._sequence_nr()
         made = "" if source is None else self._state(source).maker
         site = None if frame is None else site_of(frame)
         reason = cut_reason(name, result)
@@ -293,12 +314,14 @@ class Tape(TorchFunctionMode):
 
     def _note_function(self, caller: FrameType) -> None:
         """Keep the arguments of a `torch.autograd.Function` of the user's, whose forward runs with grad mode off."""
-        above = caller.f_back
-        if above is None or above.f_code is not _APPLY:
-            return
-        kind = above.f_locals.get("cls")
-        if isinstance(kind, type) and kind not in self.functions:
-            self.functions[kind] = tuple(above.f_locals.get("args", ()))
+        above: FrameType | None = caller
+        for _ in range(_DEEP):
+            above = None if above is None else above.f_back
+            if above is not None and above.f_code is _APPLY:
+                kind = above.f_locals.get("cls")
+                if isinstance(kind, type) and kind not in self.functions:
+                    self.functions[kind] = tuple(above.f_locals.get("args", ()))
+                return
 
     def _state(self, tensor: Tensor) -> _State:
         state = self._states.get(id(tensor))
@@ -330,6 +353,10 @@ class Tape(TorchFunctionMode):
 
 
 _NOTHING = _State()
+_OF_GRADIENTS = frozenset((".grad", ".grad=", "requires_grad_", "retain_grad"))
+"""Calls with a parameter that do not use its value, such as those of `zero_grad`."""
+_DEEP = 6
+"""Frames above a call in which the forward of a custom function is looked for: wrappers of torch's, helpers."""
 _CHECKPOINT = CheckpointFunction.forward.__code__
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
@@ -349,6 +376,14 @@ def _in_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _node_of(tensor: Tensor) -> Any:
+    """The node that made a tensor; None also for a view that torch bars: made under no_grad, its base written to."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
 
 
 def next_node() -> int:

@@ -99,8 +99,8 @@ FILES: dict[str, str] = {
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient
     "SL503": "gradients/flow.py",  # AlwaysZero (warning)
-    "SL504": "gradients/flow.py",  # VanishingGradient (warning)
-    "SL505": "gradients/flow.py",  # ExplodingGradient (warning)
+    "SL504": "gradients/magnitude.py",  # VanishingGradient (warning)
+    "SL505": "gradients/magnitude.py",  # ExplodingGradient (warning)
     # SL6: update, optimizer and schedule
     "SL601": "update/order.py",  # StepOutOfOrder
     "SL602": "update/order.py",  # SkippedTooOften
@@ -146,11 +146,11 @@ FILES: dict[str, str] = {
     "SL652": "update/windows.py",  # TailWindow (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
-    "SL702": "evaluation/modes.py",  # StatisticsFromValidation
+    "SL702": "evaluation/statistics.py",  # StatisticsFromValidation
     "SL703": "evaluation/modes.py",  # LeftInEvalMode
-    "SL704": "evaluation/modes.py",  # DropoutInEvaluation (warning)
+    "SL704": "evaluation/dropout.py",  # DropoutInEvaluation (warning)
     "SL705": "evaluation/modes.py",  # ModeChangedInLoss (warning)
-    "SL706": "evaluation/modes.py",  # FrozenStatistics (warning)
+    "SL706": "evaluation/statistics.py",  # FrozenStatistics (warning)
     "SL707": "evaluation/modes.py",  # GradModeLeftOff
     # SL85: data and environment
     "SL851": "data/source.py",  # EmptyData

@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
-from safeloop.checks.evaluation.modes import (
-    DropoutInEvaluation,
-    FrozenStatistics,
-    LeftInEvalMode,
-    StatisticsFromValidation,
-)
-from safeloop.checks.gradients.flow import AlwaysZero, ExplodingGradient, NoGradient, TermAlwaysZero, VanishingGradient
+from safeloop.checks.evaluation.dropout import DropoutInEvaluation
+from safeloop.checks.evaluation.modes import LeftInEvalMode
+from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation
+from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZero
 from safeloop.checks.gradients.history import History
+from safeloop.checks.gradients.magnitude import ExplodingGradient, VanishingGradient
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice

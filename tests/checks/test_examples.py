@@ -64,6 +64,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of SL315, which says more
 @pytest.mark.parametrize("code", FILES)
 def test_the_bad_example_ends_in_its_code(code, folder):
     faults = faults_of(page(code).bad, folder)

@@ -19,7 +19,7 @@ def every_check() -> list[type[Check]]:
     waiting, found = [Check], []
     while waiting:
         cls = waiting.pop()
-        found += [cls] if "code" in vars(cls) else []
+        found += [cls] if "code" in vars(cls) and cls not in found else []  # one may have two bases
         waiting += cls.__subclasses__()
     return [cls for cls in found if cls.__module__.startswith("safeloop.checks.")]
 

@@ -1,21 +1,67 @@
-"""Parameters that no gradient reaches, or only zeros, or next to nothing."""
+"""Parameters that no gradient reaches, or only zeros, and loss terms that are always zero."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from safeloop.checks.check import Check
-from safeloop.checks.gradients.history import History, Trace
+from safeloop.checks.gradients.history import History
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
-HUGE = 1e10
-TINY = 1e-12
-
 
 class NoGradient(Check):
     """A parameter that is to be trained never gets a gradient.
+
+    ## What it does
+    Looks at which parameters the backward passes reach on the steps that are looked at in depth, and tells those that
+    none of at least 3 reached, with the line that cut their path, where there is one. Experts, layers and branches
+    that are chosen by the data or by chance are left alone: members of a container of which others are used on some
+    steps only. A member that is never used, beside others that always are, may come later (progressive growing): it
+    is a warning. Cost: a walk over the graph, and the tape of calls.
+
+    ## Why it is bad
+    The parameter keeps its initial value, and weight decay may even shrink it. The model is smaller than it looks, and
+    the loss goes down all the same.
+
+    ## Bad
+    ```python
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(self.body(x).detach())
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    Run(model=Net(), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 3}).fit()
+    ```
+    ## Good
+    ```python
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    Run(model=Net(), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 3}).fit()
+    ```
+    ## Fix
+    Keep the path in differentiable torch functions, with grad mode on; use the parameter in the forward, or remove it.
+    Where it is not to be trained, freeze it by `requires_grad_(False)`, or `frozen:` in a Trainer.
 
     ## Source
     https://github.com/facebookresearch/fairchem/pull/317; https://github.com/lanlan96/ARM3D/issues/1.
@@ -27,13 +73,13 @@ class NoGradient(Check):
     @classmethod
     def find(cls, view: History) -> Iterator[Fault]:
         """One fault for all parameters with one cause."""
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str, bool], list[str]] = {}
         for name, trace in view.traces.items():
             if trace.steps and trace.absent == trace.steps and name not in view.routed:
                 cause = trace.cause
-                key = ("", "") if cause is None else (cause.text, at(cause.site, ""))
-                groups.setdefault(key, []).append(name)
-        for (text, place), names in groups.items():
+                text, site = ("", None) if cause is None else (cause.text, cause.site)
+                groups.setdefault((text, at(site, ""), name in view.optional), []).append(name)
+        for (text, place, is_optional), names in groups.items():
             trace = view.traces[names[0]]
             cause = trace.cause
             yield cls.fault(
@@ -41,6 +87,7 @@ class NoGradient(Check):
                 where=place or view.where,
                 why=text or "no loss depends on them, or every path to them is cut",
                 fix=_FIXES["unused" if cause is None else cause.kind],
+                severity="warning" if is_optional else None,
                 names=names,
             )
 
@@ -48,7 +95,8 @@ class NoGradient(Check):
 _FIXES = {
     "cut": "keep the path in differentiable torch functions with grad mode on; freeze them by `requires_grad_(False)` "
     "where they are not to be trained",
-    "escape": "use their result in a loss, without leaving torch; freeze them by `requires_grad_(False)` where they are "
+    "escape": "use their result in a loss, without leaving torch; freeze them by "
+    "`requires_grad_(False)` where they are "
     "not to be trained",
     "unused": "use them in the forward, remove them, or freeze them by `requires_grad_(False)`",
 }
@@ -56,6 +104,42 @@ _FIXES = {
 
 class AlwaysZero(Check):
     """A parameter's gradient is exactly zero on every step.
+
+    ## What it does
+    Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of
+    at least 5, the operation that lets nothing through is looked for in the graph, and told with its line. Cost: a
+    norm for each gradient; hooks on the graph for one backward pass where something is zero.
+
+    ## Why it is bad
+    The parameter does not learn, although it is connected: a ReLU whose units are all inactive, a saturated clamp or
+    sigmoid, a rounding, a factor of zero.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    nn.init.constant_(model[0].bias, -100.0)
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 6}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    nn.init.constant_(model[0].bias, 0.0)
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 6}).fit()
+    ```
+    ## Fix
+    Look at the values that go into the operation that is named: a bias or a scale far off, inputs that are not
+    normalised, a weight of zero that nothing moves. LeakyReLU and GELU have no flat half; a rounding needs a
+    straight-through estimator.
 
     ## Source
     Wardat et al., "DeepDiagnosis", 2022 (https://ar5iv.labs.arxiv.org/html/2112.04036): dying ReLU.
@@ -70,88 +154,53 @@ class AlwaysZero(Check):
         """One fault for all parameters with one cause."""
         groups: dict[tuple[str, str], list[str]] = {}
         for name, trace in view.traces.items():
-            if trace.steps and trace.zero and trace.zero + trace.absent == trace.steps and trace.zero >= 5:
-                cause = trace.cause
-                key = ("", "") if cause is None else (cause.text, at(cause.site, ""))
-                groups.setdefault(key, []).append(name)
+            is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
+            if is_zero and trace.cause is not None and trace.cause.kind == "zero":
+                groups.setdefault((trace.cause.text, at(trace.cause.site, "")), []).append(name)
         for (text, place), names in groups.items():
-            trace = view.traces[names[0]]
             yield cls.fault(
-                f"the gradient of {listed(names)} was exactly zero on all of {trace.zero} steps",
+                f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",
                 where=place or view.where,
-                why=text
-                or "every path to them runs through something whose derivative is zero here: a dead ReLU, a saturated "
-                "clamp, a rounding, a factor of zero",
+                why=text,
                 fix="look at the values that go into that operation: a bias far off, a scale, a weight of zero",
                 names=names,
             )
 
 
-class VanishingGradient(Check):
-    """The gradients of some layers are vanishingly small beside those of others.
-
-    ## Source
-    Hochreiter, "Untersuchungen zu dynamischen neuronalen Netzen", 1991; Glorot and Bengio, "Understanding the
-    difficulty of training deep feedforward neural networks", 2010.
-    """
-
-    code = "SL504"
-    title = "vanishing gradient"
-    severity = "warning"
-
-    @classmethod
-    def find(cls, view: History) -> Iterator[Fault]:
-        """Where the norm of a weight's gradient was below 1e-12 of the largest on every step."""
-        names = [
-            name
-            for name, trace in view.traces.items()
-            if trace.tiny == trace.steps and trace.steps >= 5 and view.dimensions.get(name, 0) > 1
-        ]
-        if names:
-            trace = view.traces[names[0]]
-            yield cls.fault(
-                f"the gradients of {listed(names)} have norms of at most {trace.largest:.2g}, below {TINY:g} of the "
-                f"largest, on all of {trace.steps} steps",
-                where=view.where,
-                why="each layer multiplies the gradient by its derivative: many sigmoids or tanhs, or small weights, "
-                "leave nothing for the first layers",
-                fix="use ReLU-like activations, residual connections or normalisation, and initialise for them",
-                names=names,
-            )
-
-
-class ExplodingGradient(Check):
-    """The gradients of some parameters are astronomically large.
-
-    ## Source
-    Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
-    """
-
-    code = "SL505"
-    title = "exploding gradient"
-    severity = "warning"
-
-    @classmethod
-    def find(cls, view: History) -> Iterator[Fault]:
-        """Where a finite norm was above 1e10."""
-        names = sorted((n for n, t in view.traces.items() if _is_huge(t)), key=lambda n: -view.traces[n].largest)
-        if names:
-            yield cls.fault(
-                f"the gradient of {listed(names)} has a norm of up to {view.traces[names[0]].largest:.3g}",
-                where=view.where,
-                why="a gain above 1 is repeated many times (a recurrent weight, layers without normalisation), or a loss "
-                "is summed where a mean was meant",
-                fix="lower the gain, normalise, or clip (`max_norm`); a step with it would destroy the weights",
-                names=names,
-            )
-
-
-def _is_huge(trace: Trace) -> bool:
-    return HUGE < trace.largest < float("inf")
-
-
 class TermAlwaysZero(Check):
     """A loss term is exactly zero on every step, although it depends on the model.
+
+    ## What it does
+    Looks at the value of every returned term on the steps that are looked at in depth, and tells at the end of the run
+    those that were exactly 0 on all of at least 5. Cost: one reading for each term and step.
+
+    ## Why it is bad
+    The term is multiplied by zero, or clamped there, and trains nothing: an integer division such as `1 // 4`, a
+    weight that was never set, a margin that is always met. What only it trains gets zero gradients.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def losses(self, batch):
+            out = self.model(batch)
+            return {"fit": (out - batch).square().mean(), "smooth": (1 // 4) * out.square().mean()}
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 6}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def losses(self, batch):
+            out = self.model(batch)
+            return {"fit": (out - batch).square().mean(), "smooth": (1 / 4) * out.square().mean()}
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 6}).fit()
+    ```
+    ## Fix
+    Correct the weight, or take the term out. Where it is zero until later, give it a weight that moves
+    (`losses.NAME.weight: {start, end, steps}`), or return it only when it is due.
 
     ## Source
     Seen as a loss weight that an integer division made zero.
@@ -169,7 +218,8 @@ class TermAlwaysZero(Check):
                 yield cls.fault(
                     f"loss term `{term}` was exactly 0 on all of {steps} steps, and has a graph",
                     where=view.term_sites.get(term, view.where),
-                    why="it is multiplied by zero (an integer division such as `1 // 4`, a weight that was never set), or "
+                    why="it is multiplied by zero (an integer division such as `1 // 4`, a weight that "
+                    "was never set), or "
                     "clamped there: what only it trains gets zero gradients",
                     fix="correct its weight, or take the term out; where it is zero until later, give it a weight that "
                     "moves (`losses.NAME.weight: {start, end, steps}`) or `every`",

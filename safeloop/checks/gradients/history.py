@@ -17,7 +17,8 @@ class Cause:
     site: Site | None = None
     module: str = ""
     kind: str = "cut"
-    """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`"""
+    """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
+    `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample"""
 
 
 @dataclass(slots=True)
@@ -54,3 +55,5 @@ class History:
     """the largest norm of all gradients together"""
     routed: frozenset[str] = frozenset()
     """parameters of modules that share a container with others that are used on some steps only"""
+    optional: frozenset[str] = frozenset()
+    """parameters of modules that are never used, while others of the same container are: they may come later"""

@@ -14,6 +14,54 @@ from safeloop.faults import Fault
 class PathCutByData(CallCheck):
     """`.data` drops one of several paths through a tensor: gradients exist everywhere, and are wrong.
 
+    ## What it does
+    Tells where `x.data` is added to, or concatenated with, something that is differentiated, and the same `x` goes on
+    to the loss by another path. Differences such as `(q - x).data`, the straight-through estimator, and `.detach()`,
+    which says what is meant, are not told. Cost: none beyond the tape of calls.
+
+    ## Why it is bad
+    `.data` returns the value without its history. The gradient of a skip connection is dropped, while every parameter
+    still has a gradient: deep networks train badly, and nothing shows why.
+
+    ## Bad
+    ```python
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x.data + self.inner(x)
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 4), Block())
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.inner(x)
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 4), Block())
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Drop `.data`. Where the path is to be cut on purpose, write `.detach()`.
+
     ## Source
     https://github.com/pytorch/pytorch/issues/6990.
     """
@@ -46,10 +94,12 @@ class PathCutByData(CallCheck):
             if node in numbers and place not in self._told:
                 self._told.add(place)
                 yield self.fault(
-                    "`.data` of a tensor is added to what is computed from it, and the tensor is differentiated by another "
+                    "`.data` of a tensor is added to what is computed from it, and the tensor is "
+                    "differentiated by another "
                     "path: one of its paths is cut",
                     where=place + (f"; module `{module}`" if module else ""),
-                    why="`.data` returns the value without its history: the gradient of a residual or skip connection is "
+                    why="`.data` returns the value without its history: the gradient of a residual or "
+                    "skip connection is "
                     "dropped, while every parameter still has a gradient",
                     fix="drop `.data`; where the path is to be cut on purpose, write `.detach()`, which says so",
                     names=(module,) if module else (),

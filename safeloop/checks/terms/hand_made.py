@@ -19,13 +19,49 @@ _SUMS = ["add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "__
 class PenaltyWithoutGraph(CallCheck):
     """A gradient penalty is added to a loss, and was computed without create_graph.
 
+    ## What it does
+    Follows the results of `torch.autograd.grad(..., create_graph=False)` that a line of the user's called, and tells
+    where a scalar made of them alone is added to a scalar that has a graph. Cost: none beyond the tape of calls.
+
+    ## Why it is bad
+    Without `create_graph=True` the gradients have no history. The penalty is part of the loss that is logged, and
+    trains nothing: the model is not regularised at all.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Pass `create_graph=True` to `torch.autograd.grad`, or let a Trainer do it by `self.penalty(...)`. Where the number
+    is meant to be a constant, detach it (`slope.norm().detach()`): that says so and is not told.
+
     ## Source
     https://github.com/ooples/AiDotNet/issues/1844; documentation of `torch.autograd.grad`.
     """
 
     code = "SL422"
     title = "penalty without create_graph"
-    hears = frozenset(("grad", *_SUMS))
+    hears = frozenset(("grad", "detach", *_SUMS))
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -38,21 +74,28 @@ class PenaltyWithoutGraph(CallCheck):
                     if isinstance(tensor, Tensor):
                         call.tape.mark(tensor, Mark("gradient", "grad", "", call.site, call.tape.module, 0))
             return
+        if call.name == "detach":
+            if any(mark.kind == "gradient" for mark in call.tape.marks_of(call.args[0])):
+                call.tape.mark(call.out, Mark("constant", "detach", "", call.site, call.tape.module, 0))
+            return
         scalars = [t for t in call.tensors if not t.dim()]
         if len(scalars) < 2 or not any(t.requires_grad for t in scalars):
             return
         for tensor in scalars:
-            mark = next((m for m in call.tape.marks_of(tensor) if m.kind == "gradient"), None)
-            if tensor.requires_grad or mark is None:
+            marks = {m.kind: m for m in reversed(list(call.tape.marks_of(tensor)))}
+            mark = marks.get("gradient")
+            if tensor.requires_grad or mark is None or "constant" in marks:
                 continue
             place = at(mark.site, "torch.autograd.grad")
             if place not in self._told:
                 self._told.add(place)
                 yield self.fault(
-                    "a penalty computed from torch.autograd.grad(..., create_graph=False) is added to the loss: it is a "
+                    "a penalty computed from torch.autograd.grad(..., create_graph=False) is added "
+                    "to the loss: it is a "
                     f"constant there, value {float(tensor):.4g}",
                     where=f"{place}; added at {at(call.site, 'the loss')}",
-                    why="without create_graph=True the gradients have no history: the penalty is part of the loss that is "
+                    why="without create_graph=True the gradients have no history: the penalty is part of "
+                    "the loss that is "
                     "logged, and trains nothing",
                     fix="pass create_graph=True to torch.autograd.grad, or let a Trainer do it by `self.penalty(...)`",
                 )
@@ -60,6 +103,42 @@ class PenaltyWithoutGraph(CallCheck):
 
 class PenaltyThroughBatchNorm(CallCheck):
     """A gradient penalty per sample is taken through batch normalisation in train mode, which mixes the samples.
+
+    ## What it does
+    Follows the results of batch normalisation that uses the statistics of the batch, and tells where a gradient with
+    respect to a batch of inputs is taken of them with `create_graph=True`. Cost: none beyond the tape of calls.
+
+    ## Why it is bad
+    Through batch statistics each output depends on every sample. What is penalised is then not the gradient of one
+    output with respect to its own input, and the bound that the penalty is to enforce does not hold.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            x = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+            return self.model(batch).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    sgd = {"type": "SGD", "lr": 0.1}
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Softplus(), nn.Linear(8, 1))
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Use LayerNorm, GroupNorm or InstanceNorm in what is penalised, or put the normalisation into eval mode for the
+    forward of the penalty.
 
     ## Source
     https://github.com/pytorch/pytorch/issues/4422; Gulrajani et al., "Improved Training of Wasserstein GANs", 2017,
@@ -96,8 +175,10 @@ class PenaltyThroughBatchNorm(CallCheck):
             f"the gradient with respect to a batch of inputs runs through BatchNorm in train mode: {listed(mixed)} "
             f"({next(iter(mixed.values())).name})",
             where=place,
-            why="each output depends on every sample of the batch, so what is penalised is not the gradient of one sample",
-            fix="use LayerNorm, GroupNorm or InstanceNorm there, or put the normalisation into eval mode for the penalty",
+            why="each output depends on every sample of the batch, so what is penalised is not the "
+            "gradient of one sample",
+            fix="use LayerNorm, GroupNorm or InstanceNorm there, or put the normalisation into eval mode "
+            "for the penalty",
             names=tuple(mixed),
         )
 
