@@ -46,7 +46,7 @@ class Check:
 
 
 class EventCheck(Check):
-    """A check of the order in which things happen to gradients, in a loop that is not ours; one instance for a watch."""
+    """A check of the order in which things happen to gradients in a loop that is not ours; one instance a watch."""
 
     @abstractmethod
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:

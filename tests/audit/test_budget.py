@@ -1,4 +1,4 @@
-"""When a step is looked at in depth: the first twenty, those that are asked for, and what a share of the time pays for."""
+"""When a step is looked at in depth: the first twenty, those asked for, and what a share of the time pays for."""
 
 from __future__ import annotations
 
