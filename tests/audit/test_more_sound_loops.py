@@ -364,3 +364,19 @@ def losses_on_alternating_tasks(watch: Any) -> None:
             loss_of(nn.Sequential(body, heads[step % 2])).backward()
             optimizer.step()
             audit.step()
+
+
+@sound
+def a_search_for_the_scale_from_far_above(watch: Any) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    with watch(model, optimizer) as audit:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**32)
+        for _ in range(24):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                out = model(torch.randn(8, 4))
+            scaler.scale(out.float().square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            audit.step()

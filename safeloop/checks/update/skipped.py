@@ -22,7 +22,7 @@ class EveryUpdateSkipped(EventCheck):
 
     ## What it does
     Counts the steps in a row that the scaler skips for each optimizer. Speaks at the eighth, or after 5 where the watch
-    ends, once the scale is no longer large; at the sixteenth in any case. Names the parameters whose gradients are not
+    ends, once the scale is no longer large; at the fortieth in any case. Names the parameters whose gradients are not
     finite.
 
     ## Why it is bad
@@ -74,14 +74,14 @@ class EveryUpdateSkipped(EventCheck):
         self._told: set[str] = set()
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the eighth skip in a row, the sixteenth where the scale is still large."""
+        """At the eighth skip in a row, the fortieth where the scale is still large."""
         if not isinstance(event, Update) or not event.is_scaled_step:
             return
         self._row[event.owner] = self._row[event.owner] + 1 if event.was_skipped else 0
         if event.was_skipped:
             self._last[event.owner] = event
             is_large = event.scale is not None and event.scale > _LARGE
-            yield from self._skipped(event.owner, 2 * _OVERFLOWS if is_large else _OVERFLOWS)
+            yield from self._skipped(event.owner, 5 * _OVERFLOWS if is_large else _OVERFLOWS)
 
     def close(self, state: LoopState) -> Iterator[Fault]:
         """Where the watch ends after at least 5 in a row."""
