@@ -122,7 +122,9 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
         phase.name: TermReader(_rules(given, phase, owners, weights, _penalties(given, phase, owners, precision, seen)))
         for phase in given.phases
     }
-    observer = StepAudit(Budget(config.audit.level, config.audit.budget), ledger, model, ownership, given.holders)
+    permitted = [name for name, section in config.losses.items() if section.may_be_constant]
+    budget = Budget(config.audit.level, config.audit.budget)
+    observer = StepAudit(budget, ledger, model, ownership, given.holders, permitted)
     losses = {phase.name: phase.losses for phase in given.phases}
     attendance = _attendance(given)
     keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)

@@ -293,7 +293,8 @@ class Trainer:
             self._save_bundles(recorder.dir)
         outcome = "failed"
         try:
-            outcome = self._train(recorder)
+            with held(owner.permit for stage in self._stages for owner in stage.assembly.owners.values()):
+                outcome = self._train(recorder)
         except FaultError as error:
             self._ledger.raised(error, self.step)
             raise
@@ -345,9 +346,7 @@ class Trainer:
             self._assembly = stage.assembly
             stage.begin()
             recorder.enter(stage)
-            with held(owner.permit for owner in stage.assembly.owners.values()):
-                is_whole = self._loop(stage.assembly, stage.end, recorder)
-            if not is_whole:
+            if not self._loop(stage.assembly, stage.end, recorder):
                 break
             if stage is not self._stages[-1]:
                 stage.let_go()

@@ -336,7 +336,6 @@ def test_row_23_plain_torch_refuses_a_write_to_a_leaf_and_safeloop_names_line_an
     assert "no_grad" in fault.fix
 
 
-@pytest.mark.xfail(strict=True, reason="the frame of the tape, between the line and torch, hides the line")
 def test_row_23_around_a_plain_loop_the_line_is_named_too() -> None:
     (found,), _ = audited(written_late, Scalars(w=1.0))
     assert "`m.w.add_(1)`" in found.where

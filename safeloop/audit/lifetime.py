@@ -149,7 +149,7 @@ def _oldest(node: Any) -> int:
 def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) -> Fault:
     return GraphReachesBack.fault(
         f"the loss reaches back into the graph of an earlier iteration, through `{older.name()}`, to {listed(leaves)}",
-        where=f"{place}; {at(site, 'backward')}",
+        where=place if site is None else f"{place}; {at(site, '')}",
         why="a state that is carried from batch to batch was not detached: each backward pass goes through all "
         "iterations before it, whose weights have changed since. retain_graph=True only hides the first error",
         fix="cut it at the border: `state = state.detach()` before the next batch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,7 @@ class StepAudit:
         model: what is trained.
         ownership: who updated what when the run was set up.
         holders: objects of the user's, beside the modules, whose attributes may keep graphs: the Trainer.
+        permitted: loss terms that may be constant.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class StepAudit:
         model: nn.Module,
         ownership: Ownership,
         holders: Sequence[object] = (),
+        permitted: Collection[str] = (),
     ) -> None:
         self.budget = budget
         self.first = 0
@@ -64,6 +66,7 @@ class StepAudit:
         self._model = model
         self._ownership = ownership
         self._holders = holders
+        self._permitted = frozenset(permitted)
         self._known = _names(model)
         self._found: list[Fault] = []
         self._gradients = GradientWatch(model)
@@ -186,7 +189,7 @@ class StepAudit:
         history = self._gradients.history
         for name, term in roots.items():
             history.term_sites[name] = at(tape.site_of(term), source)
-            if history.terms_zero.get(name, 0) >= 0:
+            if name not in self._permitted and history.terms_zero.get(name, 0) >= 0:
                 is_zero = not bool(term.detach().any())
                 history.terms_zero[name] = history.terms_zero.get(name, 0) + 1 if is_zero else -1
         self._gradients.before(terms, tape, wanted)

@@ -75,7 +75,8 @@ class ParameterLedger:
             return
         self.is_closed = True
         self._num_writes = self._writes.count if self._writes is not None else 0
-        self._entries = {name: _entry(parameter) for name, parameter in self._parameters.items()}
+        with torch._C.DisableTorchFunction():  # no function mode is to take this for a use of the parameters
+            self._entries = {name: _entry(parameter) for name, parameter in self._parameters.items()}
 
     def changed(self, only: Collection[Tensor] | None = None) -> tuple[ParameterChange, ...]:
         """Those that differ from what `close_forward` saw, in the order of the parameters; of `only`, where given."""

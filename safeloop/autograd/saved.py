@@ -116,6 +116,10 @@ class SavedTensorGuard:
         self.stop()
 
     def _pack(self, tensor: Tensor) -> object:
+        with torch._C.DisableTorchFunction():  # no function mode is to hear what the guard does
+            return self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> object:
         if not is_plain(tensor):
             return tensor.detach()
         saved = _Saved()

@@ -110,7 +110,7 @@ def test_an_undisturbed_window_is_no_error(optimizers: dict[str, Any], precision
     def compute(run: sl.Trainer, batch: Tensor) -> Tensor:
         inputs = batch.clone().requires_grad_()
         (slope,) = torch.autograd.grad(fit(run, inputs), inputs)
-        return fit(run, batch) + slope.square().mean()
+        return fit(run, batch) + slope.detach().square().mean()
 
     run = {"max_steps": 4, "precision": precision}
     assert trainer(compute, optimizers, run=run, **WINDOW).fit().faults == ()

@@ -40,7 +40,7 @@ class NoGradient(Check):
             return self.model(batch).square().mean()
 
     sgd = {"type": "SGD", "lr": 0.1}
-    Run(model=Net(), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 3}).fit()
+    Run(model=Net(), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 5}).fit()
     ```
     ## Good
     ```python
@@ -57,7 +57,7 @@ class NoGradient(Check):
             return self.model(batch).square().mean()
 
     sgd = {"type": "SGD", "lr": 0.1}
-    Run(model=Net(), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 3}).fit()
+    Run(model=Net(), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 5}).fit()
     ```
     ## Fix
     Keep the path in differentiable torch functions, with grad mode on; use the parameter in the forward, or remove it.

@@ -98,7 +98,7 @@ class ExplodingGradient(Check):
     adam = {"type": "Adam", "lr": 0.1}
     model = nn.Linear(4, 4)
     nn.init.constant_(model.weight, 2.0)
-    Run(model=model, data=[torch.randn(8, 4)], optimizers=adam, run={"max_steps": 3}).fit()
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=adam, run={"max_steps": 5}).fit()
     ```
     ## Good
     ```python
@@ -111,7 +111,7 @@ class ExplodingGradient(Check):
     adam = {"type": "Adam", "lr": 0.1}
     model = nn.Linear(4, 4)
     nn.init.constant_(model.weight, 0.2)
-    Run(model=model, data=[torch.randn(8, 4)], optimizers=adam, run={"max_steps": 3}).fit()
+    Run(model=model, data=[torch.randn(8, 4)], optimizers=adam, run={"max_steps": 5}).fit()
     ```
     ## Fix
     Lower the gain that is repeated (a recurrent weight, layers without normalisation), take a mean in place of a sum,

@@ -98,42 +98,25 @@ class GraphUsedTwice(Check):
 
     ## Bad
     ```python
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = nn.RNNCell(4, 4)
-            self.state = torch.zeros(8, 4)
-
-        def forward(self, x):
-            self.state = self.cell(x, self.state)
-            return self.state
-
     class Run(sl.Trainer):
         def loss(self, batch):
-            return self.model(batch).square().mean()
+            loss = self.model(batch).square().mean()
+            torch.autograd.grad(loss, self.model.weight)
+            return loss
 
-    data = [torch.randn(8, 4), torch.randn(8, 4)]
-    Run(model=Net(), data=data, optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 2}).fit()
+    sgd = {"type": "SGD", "lr": 0.1}
+    Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
     ```
     ## Good
     ```python
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = nn.RNNCell(4, 4)
-            self.state = torch.zeros(8, 4)
-
-        def forward(self, x):
-            state = self.cell(x, self.state)
-            self.state = state.detach()
-            return state
-
     class Run(sl.Trainer):
         def loss(self, batch):
-            return self.model(batch).square().mean()
+            loss = self.model(batch).square().mean()
+            torch.autograd.grad(loss, self.model.weight, retain_graph=True)
+            return loss
 
-    data = [torch.randn(8, 4), torch.randn(8, 4)]
-    Run(model=Net(), data=data, optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 2}).fit()
+    sgd = {"type": "SGD", "lr": 0.1}
+    Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
     ```
     ## Fix
     Detach what is kept for the next batch: `self.state = state.detach()`. Compute in `forward` what depends on a

@@ -224,7 +224,7 @@ def program(lose: Any, body: Any) -> Callable[[], Any]:
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(("lose", "body"), CASES, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_line_that_loses_a_gradient_is_told(lose: Any, body: Any, audited: Any) -> None:
-    faults = audited(program(lose, body), steps=4)
+    faults = audited(program(lose, body), steps=6)
     assert [fault.code for fault in faults] == ["SL502"], faults
     assert "body.weight" in faults[0].what or "body.weight_ih" in faults[0].what
     assert "# guilty" in " ".join(str(faults[0]).split()), str(faults[0])
@@ -232,7 +232,7 @@ def test_the_line_that_loses_a_gradient_is_told(lose: Any, body: Any, audited: A
 
 @pytest.mark.parametrize("lose", [by_data, by_argmax, by_no_grad, by_numbers], ids=lambda way: way.__name__)
 def test_a_trainer_tells_the_same(lose: Any, trained: Any) -> None:
-    faults = trained(program(lose, LINEAR), steps=4)
+    faults = trained(program(lose, LINEAR), steps=6)
     assert [fault.code for fault in faults] == ["SL502"]
     assert "# guilty" in " ".join(str(faults[0]).split())
 
@@ -242,7 +242,7 @@ def test_a_parameter_that_is_never_used_is_told(audited: Any) -> None:
         model = nn.ModuleDict({"used": nn.Linear(6, 1), "pooler": nn.Linear(6, 6)})
         return model, lambda i: F.mse_loss(model["used"](X), Y)
 
-    faults = audited(make, steps=4)
+    faults = audited(make, steps=6)
     assert [fault.code for fault in faults] == ["SL502"]
     assert "does not use them" in faults[0].why
     assert faults[0].names == ("pooler.weight", "pooler.bias")
@@ -258,7 +258,7 @@ def test_a_result_that_is_dropped_is_told(audited: Any) -> None:
 
         return model, step
 
-    faults = audited(make, steps=4)
+    faults = audited(make, steps=6)
     assert [fault.code for fault in faults] == ["SL502"]
     assert "nothing that is computed from them reaches a loss" in faults[0].why
     assert "# guilty" in faults[0].where

@@ -258,7 +258,7 @@ class Run(sl.Trainer):
 @pytest.mark.parametrize(
     ("model", "code", "start"),
     [
-        (Overwriting(), "SL303", "backward pass of the loss terms of "),
+        (Overwriting(), "SL303", "saved at "),
         (nn.Sequential(Masked(3, 3)), "SL301", "{here}:"),
     ],
     ids=["backward", "forward"],
