@@ -176,7 +176,7 @@ MISTAKES = {
     "a device that is not there": Mistake("device: cpu", "device: 'cuda:63'", "SL853", 6, "cuda:63", "run.device"),
 }
 ONLY_WHEN_TRAINING = {
-    "a loss that is infinite": Mistake(TRAINER, "bad_input_code:Infinite", "SL405", 3, "step 0", "division by zero"),
+    "a loss that is infinite": Mistake(TRAINER, "bad_input_code:Infinite", "SL405", 3, "step 0", "born in `div`"),
     "a gradient that is not finite": Mistake(TRAINER, "bad_input_code:BadGradient", "SL501", 3, "step 0", "sqrt"),
     "a run folder below a file": Mistake("device: cpu", "device: cpu, dir: bad.yaml/runs", "SL856", 6, "", "run.dir"),
 }
