@@ -97,6 +97,11 @@ class Audit:
         if self._tick is not None:
             self._tick.remove()
         watch.undo()
+        if broken := watch.broken:
+            text = (
+                f"safeloop.audit failed in itself {len(broken)} times and has seen less than it should: {broken[0]!r}"
+            )
+            warnings.warn(f"{text}: {broken[0]!r}", RuntimeWarning, stacklevel=2)
         if error is None:
             watch.close()
         elif isinstance(error, Exception) and not isinstance(error, FaultError):

@@ -98,6 +98,11 @@ class LoopWatch:
         """Whether calls of torch functions are recorded now."""
         return self._open.is_on
 
+    @property
+    def broken(self) -> list[Exception]:
+        """Errors of our own, which the loop was not stopped for."""
+        return self._open.tape.broken
+
     def dive(self) -> None:
         """Look at the next iteration in depth."""
         if is_compiled(self._model):

@@ -501,7 +501,7 @@ def sections_of(case: Case, net: Net, dtype: torch.dtype) -> dict[str, Any]:
         "losses": {term.name: term.section for term in case.terms if term.section},
         "phases": {p.name: {"repeat": p.repeat, "every": p.every} for p in by_config},
         "accumulate": {"micro_batches": case.micro_batches, "weight_by": case.weight_by},
-        "audit": {"level": case.audit, "accept": {"SL413": ["*"]}},
+        "audit": {"level": case.audit, "accept": {"SL413": ["*"], "SL502": ["*"]}},
         "log": {"every": case.log_every, "sinks": ["jsonl"] if case.is_logged else []},
         "nonfinite": {"policy": "skip", "max_consecutive": 1000} if case.poison is not None else {},
         "evaluate": {"every": case.evaluate_every},
