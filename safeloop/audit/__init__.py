@@ -3,5 +3,6 @@
 from safeloop.audit.context import Audit, audit
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
+from safeloop.audit.paths import explain_path
 
-__all__ = ["Audit", "FaultLedger", "StepAudit", "audit"]
+__all__ = ["Audit", "FaultLedger", "StepAudit", "audit", "explain_path"]
