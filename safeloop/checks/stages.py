@@ -27,7 +27,11 @@ from safeloop.checks.setup.rates import LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
-from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
+from safeloop.checks.terms.hand_made import (
+    PartOfSumWithoutGradient,
+    PenaltyThroughBatchNorm,
+    PenaltyWithoutGraph,
+)
 from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
@@ -113,6 +117,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         BroadcastInLoss(),
         ProbabilitiesAsLogits(),
         PenaltyWithoutGraph(),
+        PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),
         CheckpointRunsTwice(),
         GradientOfNonLeaf(),
