@@ -18,6 +18,7 @@ from safeloop.audit.crash import crash_faults
 from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.shims import hookable
+from safeloop.audit.stretch import tell_broken
 from safeloop.checks.stages import setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
@@ -97,11 +98,7 @@ class Audit:
         if self._tick is not None:
             self._tick.remove()
         watch.undo()
-        if broken := watch.broken:
-            text = (
-                f"safeloop.audit failed in itself {len(broken)} times and has seen less than it should: {broken[0]!r}"
-            )
-            warnings.warn(f"{text}: {broken[0]!r}", RuntimeWarning, stacklevel=2)
+        tell_broken(watch.broken)
         if error is None:
             watch.close()
         elif isinstance(error, Exception) and not isinstance(error, FaultError):

@@ -15,7 +15,7 @@ from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
-from safeloop.audit.stretch import build_tape, is_compiled
+from safeloop.audit.stretch import build_tape, is_compiled, tell_broken
 from safeloop.autograd.survey import survey
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.modes import GradModeLeftOff, ModeChangedInLoss, restless
@@ -105,6 +105,7 @@ class StepAudit:
 
     def finish(self, step: int) -> None:
         """The run is over: tell what only all of it shows."""
+        tell_broken([*self._tape.broken, *self._evaluation.broken])
         self._tell_history(step, is_over=True)
 
     def _tell_history(self, step: int, *, is_over: bool) -> None:

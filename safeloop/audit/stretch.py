@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -83,3 +84,10 @@ def is_compiled(model: nn.Module) -> bool:
         isinstance(module, optimized) or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def tell_broken(broken: list[Exception]) -> None:
+    """Warn of errors of our own, which the watched program was not stopped for."""
+    if broken:
+        text = f"the audit failed in itself {len(broken)} times and has seen less than it should: {broken[0]!r}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -229,3 +229,26 @@ def test_a_wrapper_is_watched_by_what_it_holds() -> None:
     _, optimizer = make()
     assert hookable(Outer(Outer(optimizer))) is optimizer
     assert hookable(Outer(None)) is None
+
+
+def test_an_error_of_ours_in_a_trainer_is_told_and_ends_nothing(monkeypatch: Any) -> None:
+    from safeloop.checks.terms.misuse import ProbabilitiesAsLogits
+
+    def fail(check: Any, call: Any) -> Any:
+        raise TypeError("a slip of ours")
+
+    class Run(sl.Trainer):
+        def loss(self, batch: Any) -> Any:
+            return torch.nn.functional.cross_entropy(self.model(batch), torch.tensor([0, 1]))
+
+    monkeypatch.setattr(ProbabilitiesAsLogits, "hear", fail)
+    run = Run(
+        model=torch.nn.Linear(3, 2),
+        data=[torch.ones(2, 3)],
+        optimizers={"type": "SGD", "lr": 0.1},
+        run={"max_steps": 2},
+        log={"sinks": []},
+    )
+    with pytest.warns(RuntimeWarning, match="failed in itself 2 times.*a slip of ours"):
+        run.fit()
+    run._assembled().audit._tape.broken.clear()
