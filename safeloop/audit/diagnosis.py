@@ -19,6 +19,7 @@ from safeloop.data.structure import tensors
 from safeloop.faults import Fault
 from safeloop.nonfinite import Birth, Locator
 from safeloop.nonfinite.reading import kind_of
+from safeloop.step.randomness import HostState
 from safeloop.step.report import Frame, StepReport
 from safeloop.step.turn import Turn
 
@@ -59,7 +60,6 @@ def diagnose(model: nn.Module, turn: Turn, step: int, expected: Mapping[str, Ten
         expected: the values of its loss terms.
     """
     found = Diagnosis(turn.rerun.phase, num_micro_batches=len(turn.window))
-    is_random_known = turn.random.is_known
     try:
         with warnings.catch_warnings(), untouched(model, turn.rerun, turn.window):
             warnings.simplefilter("ignore")  # all of it was seen before
@@ -67,8 +67,10 @@ def diagnose(model: nn.Module, turn: Turn, step: int, expected: Mapping[str, Ten
             turn.random.restore()
             if turn.rerun.keeper is not None:
                 turn.rerun.keeper.restore()
+            host = HostState.now()
             frame = Frame(StepReport(step))
             _run(model, turn, frame, found)
+            is_random_known = turn.random.host is not None or host.is_same(HostState.now())
             found.note = _difference(expected, frame.terms, found, is_random_known=is_random_known)
     except Exception as error:  # the user's code, run once more than it expects: the fault must not be lost for that
         found.note = f"a replay of the step ended in {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -42,6 +42,11 @@ class TurnReplayer:
         """Keep what a turn needs to be run again, in its frame."""
         frame.turn = Turn(rerun, frame.window, self._random.keep())
 
+    def ran(self, frame: Frame) -> None:
+        """Look whether the turn has drawn random numbers whose state is costly to keep."""
+        if frame.turn is not None:
+            self._random.ran(frame.turn.random)
+
     def explained(self, error: FaultError, frame: Frame) -> FaultError:
         """The error with the origin of what made the finite check refuse a turn."""
         if frame.turn is None:

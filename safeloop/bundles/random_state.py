@@ -14,18 +14,17 @@ from safeloop.step.randomness import HostState, RandomState
 
 def packed_state(state: RandomState, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """`state` as JSON; its larger parts go into `tensors`."""
-    version, words, gauss = state.host.python
-    name, keys, position, has_gauss, cached = state.host.numpy
     tensors["random/cpu"] = state.cpu.clone()
-    tensors["random/python"] = torch.tensor(words, dtype=torch.int64)
-    tensors["random/numpy"] = torch.from_numpy(keys.astype(np.int64))
     for index, one in state.cuda:
         tensors[f"random/cuda/{index}"] = one.clone()
-    return {
-        "python": [version, gauss],
-        "numpy": [name, int(position), int(has_gauss), float(cached)],
-        "cuda": [index for index, _ in state.cuda],
-    }
+    packed: dict[str, Any] = {"cuda": [index for index, _ in state.cuda]}
+    if state.host is None:
+        return packed
+    version, words, gauss = state.host.python
+    name, keys, position, has_gauss, cached = state.host.numpy
+    tensors["random/python"] = torch.tensor(words, dtype=torch.int64)
+    tensors["random/numpy"] = torch.from_numpy(keys.astype(np.int64))
+    return packed | {"python": [version, gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
 
 
 def unpacked_state(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RandomState:
@@ -34,13 +33,18 @@ def unpacked_state(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     Raises:
         ValueError, KeyError, TypeError: it is something else.
     """
+    if tensors["random/cpu"].dtype != torch.uint8:
+        raise ValueError("no random state as a bundle writes it")
+    here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    cuda = tuple((index, tensors[f"random/cuda/{index}"]) for index in packed["cuda"] if index in here)
+    return RandomState(tensors["random/cpu"], cuda, _host(packed, tensors) if "python" in packed else None)
+
+
+def _host(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HostState:
     version, gauss = packed["python"]
     name, position, has_gauss, cached = packed["numpy"]
     words = tuple(tensors["random/python"].tolist())
     keys = tensors["random/numpy"].numpy().astype(np.uint32)
-    if name != "MT19937" or len(words) != 625 or keys.shape != (624,) or tensors["random/cpu"].dtype != torch.uint8:
+    if name != "MT19937" or len(words) != 625 or keys.shape != (624,):
         raise ValueError("no random state as a bundle writes it")
-    host = HostState((version, words, gauss), (name, keys, int(position), int(has_gauss), float(cached)))
-    here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    cuda = tuple((index, tensors[f"random/cuda/{index}"]) for index in packed["cuda"] if index in here)
-    return RandomState(tensors["random/cpu"], cuda, host)
+    return HostState((version, words, gauss), (name, keys, int(position), int(has_gauss), float(cached)))

@@ -78,6 +78,9 @@ class Replayer(Protocol):
     def capture(self, frame: Frame, rerun: Rerun) -> None:
         """At the start of a turn: leave a `Turn` in the frame. Costs microseconds; no sync."""
 
+    def ran(self, frame: Frame) -> None:
+        """Forward and backward of the turn are over."""
+
     def explained(self, error: FaultError, frame: Frame) -> FaultError:
         """The error with the origin of what made the finite check refuse a turn."""
 
@@ -120,6 +123,7 @@ def explaining(finite: Operation, parts: Parts) -> Operation:
         return finite
 
     def check(frame: Frame) -> None:
+        replayer.ran(frame)
         try:
             finite(frame)
         except FaultError as error:
