@@ -12,6 +12,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from safeloop.audit.budget import FIRST_STEPS, Budget, Level
 from safeloop.audit.crash import crash_faults
@@ -58,6 +59,7 @@ class Audit:
         self._on_fault = on_fault
         self._ledger = FaultLedger(accept)
         self._watch: LoopWatch | None = None
+        self._tick: RemovableHandle | None = None
         self._step = 0
         self._is_counted = False
         self._started = 0.0
@@ -74,7 +76,9 @@ class Audit:
 
     def step(self) -> None:
         """Tell that one iteration of the loop is over; without it, iterations are counted by the optimizers' steps."""
-        self._is_counted = True
+        if not self._is_counted:
+            self._is_counted = True
+            self._stop_counting()
         self._over()
 
     def __enter__(self) -> Audit:
@@ -84,7 +88,8 @@ class Audit:
         self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
-        self._tick = None if last is None else last.register_step_post_hook(lambda *_: self._stepped())
+        if last is not None and not self._is_counted:
+            self._tick = last.register_step_post_hook(lambda *_: self._stepped())
         self._watch.dive()
         self._started = time.perf_counter()
         return self
@@ -95,8 +100,7 @@ class Audit:
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        if self._tick is not None:
-            self._tick.remove()
+        self._stop_counting()
         watch.undo()
         tell_broken(watch.broken)
         if error is None:
@@ -107,10 +111,15 @@ class Audit:
 
     def _stepped(self) -> None:
         """An optimizer has stepped; where nobody tells iterations, the last optimizer's step ends one."""
-        if not self._is_counted and self._step:
+        if self._step:
             self._over()
-        elif not self._is_counted:
+        else:
             self._step = 1  # the first step may still be followed by a first `audit.step()`
+
+    def _stop_counting(self) -> None:
+        if self._tick is not None:
+            self._tick.remove()
+            self._tick = None
 
     def _over(self) -> None:
         watch = self._watch
@@ -124,7 +133,7 @@ class Audit:
             watch.first_window_over()
         if self._budget.wants(self._step):
             watch.dive()
-        else:
+        elif watch.is_deep:
             watch.surface()
         self._started = time.perf_counter()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
-from safeloop.audit.journal import Journal, is_zero
+from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_modules
 from safeloop.audit.means import count_means
-from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, is_inside_scaler, position
+from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
+from safeloop.audit.updates import REPEATS, Updates, is_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
@@ -36,6 +37,8 @@ from safeloop.faults import Fault
 
 _SCANS = frozenset((5, 10, 19))
 """Iterations after which somebody who keeps graphs is looked for."""
+_EVERY = 50
+"""Of plain iterations, how many go by from one that is told to the next."""
 
 Handle = Callable[[list[Fault]], None]
 
@@ -65,6 +68,7 @@ class LoopWatch:
         self._optimizers = optimizers
         self.journal = Journal(_named(model, optimizers), optimizers, self._tell)
         self._parameters, self._names = self.journal.parameters, self.journal.names
+        self._updates = Updates(self.journal)
         self._events: list[EventCheck] = event_checks(model)
         self._by_data = PathCutByData()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
@@ -89,6 +93,7 @@ class LoopWatch:
             self._found_scaler(scaler)
         self._finds_schedulers = schedulers is None
         self._schedulers: dict[int, tuple[LRScheduler, Any]] = {}
+        self._moves: Counter[int] = Counter()
         self._find_schedulers(schedulers or ())
         self._did_step = False
         self._has_updated = True
@@ -135,7 +140,8 @@ class LoopWatch:
         if not self.journal.iteration:
             self._find_schedulers()
         self._poll_schedulers()
-        self.journal.record(Iteration(None, self.journal.iteration))
+        if self.is_deep or not self.journal.iteration % _EVERY:
+            self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:
             self._scan()
         self.journal.iteration += 1
@@ -191,16 +197,19 @@ class LoopWatch:
 
     def _before_step(self, owner: str, optimizer: Optimizer, has_closure: bool) -> None:
         self._did_step = True
+        if not self.is_deep and not has_closure and not self._updates.is_news(owner, optimizer):
+            self.journal.count(owner)
+            return
         self._poll_schedulers()
-        event = self._update(owner, optimizer, has_closure=has_closure)
+        event = self._updates.event(owner, optimizer, is_deep=self.is_deep, has_closure=has_closure)
         if self.is_deep and not has_closure and not event.was_skipped:
             self._look(owner, optimizer, event)
         self.journal.record(event)
         self.journal.state.inside = owner
 
     def _after_step(self, owner: str, optimizer: Optimizer) -> None:
-        self.journal.stepped(owner)
         self._has_updated = True
+        self.journal.stepped(owner)
         if self.is_deep:
             owned = self.journal.state.owners[owner]
             self._lifetimes.updated([self._parameters[name] for name in owned], next_node())
@@ -212,7 +221,7 @@ class LoopWatch:
         self.gradients.after(mine, self._open.tape, where)
         source = None if self._bad is None else self._bad.finish()
         self._bad = None
-        if not self._is_bad_told and any(self._is_bad(p) for p in mine.values()):
+        if not self._is_bad_told and any(is_bad(p) for p in mine.values()):
             self._is_bad_told = True
             found = gradient_faults(GradientsView(mine, {}, self.journal.iteration, where))
             self._handle([self._born(fault, source) for fault in found])
@@ -224,37 +233,6 @@ class LoopWatch:
             return fault
         line = at(origin.site, origin.name)
         return replace(fault, where=f"{fault.where}; born in `{source.name}`, {line}")
-
-    @staticmethod
-    def _is_bad(parameter: nn.Parameter) -> bool:
-        if parameter.grad is None:
-            return False
-        values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
-        return not math.isfinite(float(values.detach().abs().float().norm()))
-
-    def _update(self, owner: str, optimizer: Optimizer, *, has_closure: bool = False, skipped: bool = False) -> Update:
-        held = self.journal.claim(owner, optimizer)
-        skipped = skipped or (
-            self.is_deep and bool(getattr(optimizer, "found_inf", False))
-        )  # a fused step skips itself
-        frozen = frozenset(name for name, p in held if not p.requires_grad)
-        looked_at = [(n, p.grad) for n, p in held if p.grad is not None and (n in frozen or self.is_deep)]
-        zero = frozenset(n for n, gradient in looked_at if is_zero(gradient)) if not has_closure else frozenset()
-        return Update(
-            user_site(),
-            self.journal.iteration,
-            owner,
-            frozenset(name for name, p in held if p.grad is None),
-            zero,
-            tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group),
-            skipped or is_inside_scaler(),
-            has_closure,
-            self.is_deep,
-            frozen,
-            frozenset(name for name, p in held if name in frozen and p.grad is not None),
-            tuple(name for name, p in held if self._is_bad(p)) if skipped else (),
-            skipped,
-        )
 
     def _found_scaler(self, scaler: GradScaler) -> None:
         if id(scaler) not in self._shims:
@@ -272,7 +250,7 @@ class LoopWatch:
         elif what == "before step":
             self._did_step = False
         elif not self._did_step:
-            event = self._update(owner, optimizer, skipped=True)
+            event = self._updates.event(owner, optimizer, is_deep=self.is_deep, skipped=True)
             self.journal.record(replace(event, scale=float(scaler.get_scale())))
 
     def _find_schedulers(self, given: Iterable[LRScheduler] = ()) -> None:
@@ -285,6 +263,9 @@ class LoopWatch:
             now = position(scheduler)
             if now != before:
                 self._schedulers[key] = (scheduler, now)
+                self._moves[key] += 1
+                if not self.is_deep and self._moves[key] > REPEATS:
+                    continue
                 optimizer = scheduler.optimizer
                 owner = self.journal.owner_of(optimizer) or ""
                 called = bool(getattr(optimizer, "_opt_called", False))

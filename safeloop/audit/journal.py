@@ -94,11 +94,16 @@ class Journal:
         self.flush()
         self._record(event)
 
+    def count(self, owner: str) -> None:
+        """An update of which there is nothing to tell."""
+        self.state.updates[owner] = self.state.updates.get(owner, 0) + 1
+
     def stepped(self, owner: str) -> None:
         """A step is over: the backward passes of its closure are used."""
-        self.flush()
         self.state.inside = ""
-        self._use_up(owner)
+        if self.state.is_known:
+            self.flush()
+            self._use_up(owner)
 
     def note(self, kind: str, site: Site | None, names: Iterable[str]) -> None:
         """Gradients were read, written or zeroed by a line; one event for all that it does to them in a row."""

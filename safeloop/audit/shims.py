@@ -41,12 +41,21 @@ class OptimizerHooks:
                 continue
 
             def pre(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
-                with _guarded(broken):
-                    before(owner, opt, bool([a for a in args[1:] if callable(a)] or kwargs.get("closure")))
+                try:
+                    has_closure = (len(args) > 1 or bool(kwargs)) and _has_closure(args, kwargs)
+                    before(owner, opt, has_closure)
+                except FaultError:
+                    raise
+                except Exception as error:
+                    broken.append(error)
 
             def post(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
-                with _guarded(broken):
+                try:
                     after(owner, opt)
+                except FaultError:
+                    raise
+                except Exception as error:
+                    broken.append(error)
 
             self._handles.append(hooked.register_step_pre_hook(pre))
             self._handles.append(hooked.register_step_post_hook(post))
@@ -67,6 +76,10 @@ def hookable(optimizer: Any) -> Optimizer | None:
         if inner is not None and inner is not optimizer and (found := hookable(inner)) is not None:
             return found
     return None
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return bool([a for a in args[1:] if callable(a)] or kwargs.get("closure"))
 
 
 @contextmanager

@@ -61,9 +61,9 @@ class RandomKeeper:
     """`keep()`: the random state now, at the start of a turn; `ran(state)`: forward and backward are over.
 
     torch's generators are copied at every turn, about 2 us. Python's and numpy's take 60 us, and most turns never draw
-    from them, though the data between two turns may: they are copied on the first 20 turns and every 256th, and on every
-    turn once one has been seen to draw. Only a run whose loss function draws from them for the first time within the
-    last 256 turns is not replayed exactly.
+    from them, though the data between two turns may: they are copied on the first 20 turns and every 256th, and on
+    every turn once one has been seen to draw. Only a run whose loss function draws from them for the first time within
+    the last 256 turns is not replayed exactly.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:

@@ -210,7 +210,7 @@ def test_an_error_of_ours_in_a_hook_does_not_end_the_loop(monkeypatch: Any) -> N
     def run() -> None:
         with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
             assert audit._watch is not None
-            monkeypatch.setattr(audit._watch, "_update", None)
+            monkeypatch.setattr(audit._watch._updates, "event", None)
             watch = audit._watch
             train(model, optimizer)
         broken.extend(watch.broken)

@@ -1,0 +1,86 @@
+"""What an optimizer is about to do, as an event; and whether it differs from what it has long been doing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safeloop.audit.journal import Journal, is_zero
+from safeloop.audit.shims import is_inside_scaler
+from safeloop.autograd.sites import user_site
+from safeloop.checks.events import Update
+
+REPEATS = 10
+"""Equal events in a row that are told on plain iterations; no check needs more of them."""
+
+_Signature = list[tuple[bool, list[tuple[bool, bool]]]]
+
+
+class Updates:
+    """Makes the events of updates, and knows the owners of which nothing new is to be told.
+
+    Args:
+        journal: knows the owners and their parameters.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._signatures: dict[str, _Signature] = {}
+        self._repeats: dict[str, int] = {}
+
+    def is_news(self, owner: str, optimizer: Optimizer) -> bool:
+        """Whether a plain update must be told: after many of the same kind one more says nothing. No sync."""
+        signature = _signature(optimizer)
+        if signature != self._signatures.get(owner):
+            self._signatures[owner] = signature
+            self._repeats[owner] = 0
+        self._repeats[owner] += 1
+        return self._repeats[owner] <= REPEATS
+
+    def event(
+        self, owner: str, optimizer: Optimizer, *, is_deep: bool, has_closure: bool = False, skipped: bool = False
+    ) -> Update:
+        """An update that is about to happen, or that a gradient scaler has left out."""
+        held = self._journal.claim(owner, optimizer)
+        if skipped:
+            self._repeats[owner] = 0  # the next one that is not is news
+        skipped = skipped or (is_deep and bool(getattr(optimizer, "found_inf", False)))  # a fused step skips itself
+        frozen = frozenset(name for name, p in held if not p.requires_grad)
+        looked_at = [(n, p.grad) for n, p in held if p.grad is not None and (n in frozen or is_deep)]
+        zero = frozenset(n for n, gradient in looked_at if is_zero(gradient)) if not has_closure else frozenset()
+        return Update(
+            user_site(),
+            self._journal.iteration,
+            owner,
+            frozenset(name for name, p in held if p.grad is None),
+            zero,
+            tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group),
+            skipped or is_inside_scaler(),
+            has_closure,
+            is_deep,
+            frozen,
+            frozenset(name for name, p in held if name in frozen and p.grad is not None),
+            tuple(name for name, p in held if is_bad(p)) if skipped else (),
+            skipped,
+        )
+
+
+def is_bad(parameter: Any) -> bool:
+    """Whether the gradient of a parameter is not finite; reads the device."""
+    if parameter.grad is None:
+        return False
+    values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+    return not math.isfinite(float(values.detach().abs().float().norm()))
+
+
+def _signature(optimizer: Optimizer) -> _Signature:
+    """Of each group whether it moves at all, of each parameter whether it is frozen and has a gradient."""
+    found = []
+    for group in optimizer.param_groups:
+        rate = group.get("lr", 1.0)
+        moves = isinstance(rate, Tensor) or rate != 0  # a tensor may lie on a device: reading it would wait
+        found.append((moves, [(p.grad is None, p.requires_grad) for p in group["params"]]))
+    return found
