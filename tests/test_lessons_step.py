@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import safeloop as sl
 from safeloop.autograd import engine as entry
 from safeloop.plan import Backward, Finite, Forward, Node, Phase, StepPlan, Term, Update, Zero
+from safeloop.step.attendance import PATIENCE
 
 OFF: dict[str, Any] = {"sinks": []}
 SGD: dict[str, Any] = {"type": "SGD", "lr": 0.1}
@@ -87,13 +88,18 @@ def test_row_5_a_term_that_never_left_zero_is_warned_of_once_and_named() -> None
     assert fault.names == ("margin",)
 
 
-@pytest.mark.xfail(strict=True, reason="a term that is allowed to be constant may be so on every step, unsaid")
-def test_row_5_a_permitted_constant_that_never_reached_a_parameter_is_warned_of() -> None:
+@pytest.mark.parametrize("constant", [torch.tensor(0.0), torch.tensor(0.0, requires_grad=True)], ids=["plain", "leaf"])
+@pytest.mark.parametrize(("steps", "codes"), [(PATIENCE - 1, []), (PATIENCE + 20, ["SL415"])])
+def test_row_5_a_permitted_constant_that_never_reached_a_parameter_is_warned_of(
+    constant: Tensor, steps: int, codes: list[str]
+) -> None:
     def losses(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-        return {"fit": model(batch).square().mean(), "margin": torch.tensor(0.0)}
+        return {"fit": model(batch).square().mean(), "margin": constant}
 
     allowed = {"margin": {"may_be_constant": True}}
-    assert trainer(nn.Linear(3, 1), losses, run={"max_steps": 60}, losses=allowed).fit().faults
+    faults = trainer(nn.Linear(3, 1), losses, run={"max_steps": steps}, losses=allowed).fit().faults
+    assert [fault.code for fault in faults] == codes
+    assert all(fault.names == ("margin",) for fault in faults)
 
 
 @pytest.mark.parametrize("fused", [True, False])
