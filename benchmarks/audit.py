@@ -1,5 +1,7 @@
 """What the audit costs after its first 20 steps, in a Trainer and around a loop of one's own, beside an A/A control.
 
+`standard` is compared with `off`; for replay capture, `standard` with the same without what it keeps of each turn.
+
 python benchmarks/audit.py [--rounds 40] [--models mlp cnn gpt]
 """
 
@@ -11,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +64,12 @@ def gpt() -> tuple[nn.Module, list[Any], int]:
     return model, [(torch.randint(96, (16, 64)), torch.randint(96, (16, 64))) for _ in range(8)], 2
 
 
-MODELS = {"mlp": mlp, "cnn": cnn, "gpt": gpt}
+Make = Callable[[], tuple[nn.Module, list[Any], int]]
+"""The model, its batches, and the steps of a round."""
+MODELS: dict[str, Make] = {"mlp": mlp, "cnn": cnn, "gpt": gpt}
 
 
-def trainer_steps(make: Callable[[], tuple[nn.Module, list[Any], int]], level: str) -> Iterator[None]:
+def trainer_steps(make: Make, level: str) -> Iterator[None]:
     """Steps of a Trainer, one for each `next`."""
     torch.manual_seed(0)
     model, batches, _ = make()
@@ -76,12 +81,18 @@ def trainer_steps(make: Callable[[], tuple[nn.Module, list[Any], int]], level: s
         audit={"level": level},
         log={"sinks": []},
     )._assembled()
-    for step in itertools.count():
-        run_step(run.program, run.stream, step)
-        yield
+    return (None for step in itertools.count() if run_step(run.program, run.stream, step))
 
 
-def loop_steps(make: Callable[[], tuple[nn.Module, list[Any], int]], level: Any) -> Iterator[None]:
+def capture_steps(make: Make, level: str) -> Iterator[None]:
+    """Steps of an audited Trainer; at `off`, nothing is kept for a replay."""
+    if level != "off":
+        return trainer_steps(make, level)
+    with mock.patch("safeloop.assembly.TurnReplayer", return_value=None):
+        return trainer_steps(make, "standard")
+
+
+def loop_steps(make: Make, level: Any) -> Iterator[None]:
     """Iterations of a loop of one's own inside `safeloop.audit`, one for each `next`."""
     torch.manual_seed(0)
     model, batches, _ = make()
@@ -95,9 +106,7 @@ def loop_steps(make: Callable[[], tuple[nn.Module, list[Any], int]], level: Any)
             yield
 
 
-def compare(
-    steps: Callable[[Any, str], Iterator[None]], make: Callable[[], Any], rounds: int
-) -> tuple[Ratio, Ratio, float]:
+def compare(steps: Callable[[Make, str], Iterator[None]], make: Make, rounds: int) -> tuple[Ratio, Ratio, float]:
     """Ratios to `off` of `off` again and of `standard`, and the microseconds that a step costs more."""
     per_round = make()[2]
     running = {"off": steps(make, "off"), "again": steps(make, "off"), "standard": steps(make, "standard")}
@@ -122,8 +131,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = parser.parse_args()
     start()
-    print(f"{'against `off`':24}  {'off again (A/A)':18}  {'standard':18}  extra us a step")
-    for kind, steps in (("Trainer", trainer_steps), ("loop of one's own", loop_steps)):
+    print(f"{'against what is left':24}  {'the same (A/A)':18}  {'with it':18}  extra us a step")
+    kinds = {"Trainer": trainer_steps, "loop of one's own": loop_steps, "replay capture": capture_steps}
+    for kind, steps in kinds.items():
         for name in args.models:
             again, standard, extra = compare(steps, MODELS[name], args.rounds)
             print(f"{kind:18}{name:6}", f"{again!s:18}", f"{standard!s:18}", f"{extra:+.1f}", sep="  ", flush=True)

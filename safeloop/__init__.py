@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from safeloop.evaluation import needs_grad as needs_grad
     from safeloop.faults import Fault as Fault
     from safeloop.faults import FaultError as FaultError
+    from safeloop.outcome import RunResult as RunResult
     from safeloop.penalties.points import interpolate as interpolate
     from safeloop.phases import phase as phase
     from safeloop.replay import replay as replay
-    from safeloop.trainer import RunResult as RunResult
     from safeloop.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ __all__ = [
 _HOMES = {
     "Fault": "safeloop.faults",
     "FaultError": "safeloop.faults",
-    "RunResult": "safeloop.trainer",
+    "RunResult": "safeloop.outcome",
     "Trainer": "safeloop.trainer",
     "audit": "safeloop.audit",
     "interpolate": "safeloop.penalties.points",

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,8 @@ from safeloop.bring import bring
 from safeloop.bundles import saver
 from safeloop.checks.config.run import LossAndLosses, NoLoss
 from safeloop.checks.config.target import TargetOfWrongClass
-from safeloop.checks.config.training import AverageNeverTaken
-from safeloop.checks.data.source import DataEndedEarly
 from safeloop.checks.source import where_defined
-from safeloop.checks.terms.kinds import TermIsNotFinite
 from safeloop.checks.update.custom import CustomStepRefused
-from safeloop.checks.views import GradientsView
 from safeloop.config import Loaded, load
 from safeloop.curvature import CurvatureReadings
 from safeloop.data.count import count
@@ -37,9 +33,11 @@ from safeloop.drafting import wants_several_passes
 from safeloop.evaluation import preserved
 from safeloop.evaluator import Evaluator
 from safeloop.faults import Fault, FaultError
+from safeloop.first_batch import check_terms
 from safeloop.ingredients import Ingredients, PhaseMethod
 from safeloop.methods import phase_methods
 from safeloop.optim.permit import held
+from safeloop.outcome import RunResult, outcome_of
 from safeloop.penalties.points import is_due, leaf
 from safeloop.penalties.request import Request, requested
 from safeloop.phases import phases_of
@@ -51,25 +49,7 @@ from safeloop.staging import Stage, assemble_stages, run_plan
 from safeloop.step import run_step
 from safeloop.step.compiling import compile_model
 from safeloop.step.custom import Operations, custom_plan, refuse_accumulation
-from safeloop.step.terms import no_mapping, term_value
 from safeloop.stream import DataEnded
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended."""
-
-    steps: int
-    epochs: int
-    metrics: dict[str, float]
-    """of the last evaluation"""
-    losses: dict[str, float]
-    """loss term -> its value at the last log; `train` is their weighted sum"""
-    faults: tuple[Fault, ...]
-    dir: Path | None
-    outcome: str
-    """`finished`, or `data ended` where the data ran out before `max_steps`"""
-    seconds: float
 
 
 class Trainer:
@@ -322,23 +302,7 @@ class Trainer:
     def _check(self) -> dict[str, tuple[str, ...]]:
         """Check the terms of the first micro-batch; the names that each phase returned."""
         assembly = self._assembled()
-        names: dict[str, tuple[str, ...]] = {}
-
-        def read(phase: str, returned: Any) -> Any:
-            reader = assembly.readers[phase]
-            if not isinstance(returned, Mapping):
-                raise no_mapping(returned, reader.rules.source)
-            names[phase] = tuple(returned)
-            self._ledger.add(assembly.attendance.answer(phase, returned, reader.rules))
-            return reader.due(returned, 0, is_audited=True)
-
-        for phase, due in self._probe(assembly, read).items():
-            reader = assembly.readers[phase]
-            self._ledger.add(reader.penalties.taken())
-            self._ledger.add(reader.faults(due, is_first=True))
-            values = {name: term_value(term) for name, term in due.items()}
-            self._ledger.add(TermIsNotFinite.find(GradientsView({}, values, 0, reader.rules.source)))
-        return names
+        return check_terms(assembly, lambda read: self._probe(assembly, read), self._ledger)
 
     def _train(self, recorder: Recorder) -> str:
         """One stage after the other, and a last evaluation; how it ended."""
@@ -352,7 +316,7 @@ class Trainer:
                 stage.let_go()
         if self._evaluator is not None and self._evaluated[0] != self.step:
             self._evaluated = self.step, self._evaluator(self._assembled(), recorder)
-        return self._outcome()
+        return outcome_of(self.config, self.step, self._ledger, has_averaged=self.averaged_model is not None)
 
     def _loop(self, run: Assembly, end: int | None, recorder: Recorder) -> bool:
         """The steps of a stage; False where the data ended before it."""
@@ -390,17 +354,6 @@ class Trainer:
             raise run.replayer.explained(error, refused) from None
         run.audit.finish(self.step)
         return is_whole
-
-    def _outcome(self) -> str:
-        max_steps = self.config.max_steps
-        if self.config.average is not None and self.averaged_model is None and self.step:
-            self._ledger.add([_never_averaged(self.step)], self.step)
-        if max_steps is None or self.step >= max_steps:
-            return "finished"
-        if self.config.run.max_epochs is not None:
-            return "finished"
-        self._ledger.add([_ended_early(self.step, max_steps)], self.step)
-        return "data ended"
 
     def _penalty_steps(self) -> list[int]:
         """Every how many steps the penalties of the running phase are due; all of them until they have come once."""
@@ -500,20 +453,3 @@ def trainer_class(loaded: Loaded) -> type[Trainer]:
         return target.resolve(Trainer, loaded.allow)
     except FaultError as error:
         raise loaded.error(TargetOfWrongClass, "trainer.target", error.fault.what, fix=error.fault.fix) from error
-
-
-def _never_averaged(steps: int) -> Fault:
-    return AverageNeverTaken.fault(
-        f"the run ended after {steps} steps, and none of their weights were averaged",
-        where="average",
-        fix="lower `average.start`; the metrics are those of the live weights",
-        severity="warning",
-    )
-
-
-def _ended_early(steps: int, max_steps: int) -> Fault:
-    return DataEndedEarly.fault(
-        f"the data ended after {steps} of {max_steps} steps, and it can be read only once",
-        where="data.train",
-        fix=f"pass a list, a Dataset or a DataLoader, which can be read again, or set `run.max_steps` to {steps}",
-    )

@@ -12,6 +12,7 @@ from torch import nn
 from safeloop.audit.diagnosis import Diagnosis, diagnose
 from safeloop.audit.telling import told
 from safeloop.faults import Fault, FaultError
+from safeloop.step.bind import Operation
 from safeloop.step.randomness import RandomKeeper
 from safeloop.step.report import Frame
 from safeloop.step.turn import Rerun, Turn
@@ -38,14 +39,20 @@ class TurnReplayer:
         self._has_told_skip = False
         self._random = RandomKeeper({parameter.device for parameter in model.parameters()})
 
-    def capture(self, frame: Frame, rerun: Rerun) -> None:
-        """Keep what a turn needs to be run again, in its frame."""
-        frame.turn = Turn(rerun, frame.window, self._random.keep())
+    def capturing(self, rerun: Rerun) -> Operation:
+        """What keeps in the frame of a turn what it needs to be run again."""
+        keep = self._random.keep
+
+        def capture(frame: Frame) -> None:
+            frame.turn = Turn(rerun, frame.window, keep())
+
+        return capture
 
     def ran(self, frame: Frame) -> None:
         """Look whether the turn has drawn random numbers whose state is costly to keep."""
-        if frame.turn is not None:
-            self._random.ran(frame.turn.random)
+        turn = frame.turn
+        if turn is not None and turn.random.host is not None:
+            self._random.ran(turn.random)
 
     def explained(self, error: FaultError, frame: Frame) -> FaultError:
         """The error with the origin of what made the finite check refuse a turn."""

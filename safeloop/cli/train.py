@@ -16,7 +16,7 @@ from safeloop.cli.terminal import err, out
 
 if TYPE_CHECKING:
     from safeloop.config import Loaded
-    from safeloop.trainer import RunResult
+    from safeloop.outcome import RunResult
 
 
 class LogFormat(str, Enum):

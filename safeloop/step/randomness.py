@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_cpu_state = torch.default_generator.get_state
 FIRST_TURNS = 20
 EVERY = 256
 
@@ -78,7 +79,7 @@ class RandomKeeper:
         is_due = self._is_drawn_from or turn < FIRST_TURNS or not turn % EVERY
         host = HostState.now() if is_due else None
         cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda) if self._cuda else ()
-        return RandomState(torch.default_generator.get_state(), cuda, host)
+        return RandomState(_cpu_state(), cuda, host)
 
     def ran(self, state: RandomState) -> None:
         """Find out whether the turn that began with this state has drawn from Python's or numpy's generator."""

@@ -75,8 +75,8 @@ class Turn(NamedTuple):
 class Replayer(Protocol):
     """Keeps what a turn needs to be run again, and explains a refused one by doing so."""
 
-    def capture(self, frame: Frame, rerun: Rerun) -> None:
-        """At the start of a turn: leave a `Turn` in the frame. Costs microseconds; no sync."""
+    def capturing(self, rerun: Rerun) -> Operation:
+        """What leaves a `Turn` in the frame at the start of a turn. Costs microseconds; no sync."""
 
     def ran(self, frame: Frame) -> None:
         """Forward and backward of the turn are over."""
@@ -113,7 +113,7 @@ def capturing(parts: Parts, rerun: Rerun | None) -> tuple[Operation, ...]:
     replayer = parts.replayer
     if replayer is None or rerun is None:
         return ()
-    return (lambda frame: replayer.capture(frame, rerun),)
+    return (replayer.capturing(rerun),)
 
 
 def explaining(finite: Operation, parts: Parts) -> Operation:
