@@ -11,6 +11,8 @@ FIRST_STEPS = 20
 """At level `standard`, steps that are all looked at in depth; they lie outside the budget."""
 _SMOOTH = 0.2
 _LEAST_GAP = 50
+_MOST_ASKED = 20
+"""Deep steps that may be asked for in a run, beyond what the budget allows"""
 _KNOWN = 10
 """Plain steps after which their time is known well enough"""
 
@@ -33,11 +35,14 @@ class Budget:
         self._num_plain = 0
         self._next: int | None = None
         self._is_asked = False
+        self._num_asked = 0
         self._spent = 0.0
 
     def ask(self) -> None:
-        """The next step is to be looked at: something has changed, or went wrong."""
-        self._is_asked = True
+        """The next step is to be looked at: something has changed, or went wrong. The first 20 times of a run."""
+        if not self._is_asked and self._num_asked < _MOST_ASKED:
+            self._num_asked += 1
+            self._is_asked = True
 
     def wants(self, step: int) -> bool:
         """Whether a step, counted from 0, is looked at in depth."""
@@ -47,8 +52,8 @@ class Budget:
 
     def done(self, step: int, seconds: float, *, was_deep: bool) -> None:
         """Take the time of a step that is over."""
-        self._is_asked = False
         if was_deep:
+            self._is_asked = False
             self._spent += max(0.0, seconds - self._plain) if self._plain else 0.0
             self._deep = seconds if not self._deep else (1 - _SMOOTH) * self._deep + _SMOOTH * seconds
         else:

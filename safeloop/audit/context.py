@@ -86,7 +86,9 @@ class Audit:
             return self
         ownership = owned_by_identity(self.model, self.optimizers)
         self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
-        self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
+        self._watch = LoopWatch(
+            self.model, self.optimizers, self._handle, self._ask, self._scalers, self._schedulers
+        )
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         if last is not None and not self._is_counted:
             self._tick = last.register_step_post_hook(lambda *_: self._stepped())
@@ -137,6 +139,11 @@ class Audit:
             watch.surface()
         self._started = time.perf_counter()
 
+    def _ask(self) -> None:
+        """Something is new: have the next iteration looked at, where this one is not."""
+        if self._watch is not None and not self._watch.is_deep:
+            self._budget.ask()
+
     def _handle(self, faults: list[Fault]) -> None:
         known = set(self._ledger.faults)
         try:
@@ -144,6 +151,8 @@ class Audit:
         except FaultError:
             if self._on_fault == "raise":
                 raise
+        if len(self._ledger.faults) > len(known):
+            self._ask()
         self._warn(known)
 
     def _record(self, faults: list[Fault]) -> None:

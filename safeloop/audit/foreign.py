@@ -53,6 +53,7 @@ class LoopWatch:
         schedulers: learning-rate schedules; None: those of the process that move one of the optimizers, or another
             over the same parameters.
         handle: what becomes of faults.
+        ask: has the next iteration looked at in depth.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LoopWatch:
         model: nn.Module,
         optimizers: Mapping[str, Optimizer],
         handle: Handle,
+        ask: Callable[[], None],
         scalers: Iterable[GradScaler] | None = None,
         schedulers: Iterable[LRScheduler] | None = None,
     ) -> None:
@@ -68,7 +70,7 @@ class LoopWatch:
         self._optimizers = optimizers
         self.journal = Journal(_named(model, optimizers), optimizers, self._tell)
         self._parameters, self._names = self.journal.parameters, self.journal.names
-        self._updates = Updates(self.journal)
+        self._updates = Updates(self.journal, ask)
         self._events: list[EventCheck] = event_checks(model)
         self._by_data = PathCutByData()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
@@ -197,7 +199,8 @@ class LoopWatch:
 
     def _before_step(self, owner: str, optimizer: Optimizer, has_closure: bool) -> None:
         self._did_step = True
-        if not self.is_deep and not has_closure and not self._updates.is_news(owner, optimizer):
+        is_news = self._updates.is_news(owner, optimizer)
+        if not self.is_deep and not has_closure and not is_news:
             self.journal.count(owner)
             return
         self._poll_schedulers()

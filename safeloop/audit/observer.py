@@ -26,6 +26,7 @@ from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
+from safeloop.step.report import StepReport
 
 _SCANS = frozenset((5, 10, 19))
 
@@ -80,7 +81,8 @@ class StepAudit:
         self._functions: set[type] = set()
         self._starts: tuple[int, int] = (-1, 0)
         self._evaluations = 0
-        self._is_told = False
+        self._is_deep = False
+        self._structures: set[tuple[Any, ...]] = set()
 
     @property
     def is_on(self) -> bool:
@@ -88,15 +90,21 @@ class StepAudit:
         return self.budget.level != "off"
 
     def wants(self, step: int) -> bool:
-        """Whether this step is looked at in depth."""
-        return self.budget.wants(step - self.first)
+        """Whether this step, which begins now, is looked at in depth."""
+        self._is_deep = self.budget.wants(step - self.first)
+        return self._is_deep
 
-    def done(self, step: int, seconds: float) -> None:
-        """A step is over, after so many seconds."""
+    def done(self, report: StepReport, seconds: float) -> None:
+        """A step is over, after so many seconds; one that differs from all before has the next one looked at."""
+        step = report.step
         own = step - self.first
-        was_deep = self.budget.wants(own)
-        self.budget.done(own, seconds, was_deep=was_deep)
-        if was_deep and own in _SCANS:
+        self.budget.done(own, seconds, was_deep=self._is_deep)
+        structure = (*report.terms, *report.num_gradients.values())
+        if structure not in self._structures:
+            self._structures.add(structure)
+            if not self._is_deep:
+                self.budget.ask()
+        if self._is_deep and own in _SCANS:
             holders = [*holders_of_modules(self._model)]
             holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
             self.faults(list(self._lifetimes.kept(holders)), step)
@@ -207,9 +215,12 @@ class StepAudit:
         return list(self._lifetimes.suspicion())
 
     def faults(self, faults: list[Fault], step: int) -> None:
-        """Record warnings; raise `FaultError` where one is an error."""
+        """Record warnings; raise `FaultError` where one is an error. After a new one the next step is looked at."""
         if faults:
+            known = len(self._ledger.faults)
             self._ledger.add(faults, step)
+            if len(self._ledger.faults) > known and not self._is_deep:
+                self.budget.ask()
 
     def _tell(self, step: int) -> None:
         found, self._found[:] = list(self._found), []

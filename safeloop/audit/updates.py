@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -24,19 +25,25 @@ class Updates:
 
     Args:
         journal: knows the owners and their parameters.
+        ask: is called where an update differs from all before: the next iteration is worth a look.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, ask: Callable[[], None]) -> None:
         self._journal = journal
+        self._ask = ask
+        self._structures: set[str] = set()
         self._signatures: dict[str, _Signature] = {}
         self._repeats: dict[str, int] = {}
 
     def is_news(self, owner: str, optimizer: Optimizer) -> bool:
-        """Whether a plain update must be told: after many of the same kind one more says nothing. No sync."""
+        """Whether an update must be told on a plain iteration: after many of the same kind one more says nothing."""
         signature = _signature(optimizer)
         if signature != self._signatures.get(owner):
             self._signatures[owner] = signature
             self._repeats[owner] = 0
+            if (structure := f"{owner} {signature}") not in self._structures:
+                self._structures.add(structure)
+                self._ask()
         self._repeats[owner] += 1
         return self._repeats[owner] <= REPEATS
 

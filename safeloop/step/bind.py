@@ -32,7 +32,7 @@ from safeloop.step.exact import exact_norms
 from safeloop.step.finite import DeferredGate, ImmediateGate, gather
 from safeloop.step.precision import GradientScale, Precision
 from safeloop.step.reached import unreached
-from safeloop.step.report import Frame, TermGeometry
+from safeloop.step.report import Frame, StepReport, TermGeometry
 from safeloop.step.schedule import EpochSchedule, StepSchedule
 from safeloop.step.simultaneous import bind_separate
 from safeloop.step.terms import Evidence, TermReader, no_mapping
@@ -50,11 +50,11 @@ class Observer(Protocol):
     def is_on(self) -> bool:
         """Whether any step is looked at in depth."""
 
-    def done(self, step: int, seconds: float) -> None:
+    def done(self, report: StepReport, seconds: float) -> None:
         """A step is over, after so many seconds."""
 
     def wants(self, step: int) -> bool:
-        """Whether this step is looked at in depth."""
+        """Whether this step, which begins now, is looked at in depth."""
 
     def looking(self, step: int, source: str) -> AbstractContextManager[None]:
         """The call of a loss function, on a step that `wants` chose."""

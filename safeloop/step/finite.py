@@ -33,6 +33,7 @@ def measure(owners: Iterable[Owner], frame: Frame) -> None:
     """Gather each owner's gradients and their norms into `frame`; no sync."""
     for owner in owners:
         gradients = frame.gradients[owner.name] = gather(owner)
+        frame.report.num_gradients[owner.name] = len(gradients)
         if not gradients:
             continue
         is_dense = all(gradient.layout is torch.strided for gradient in gradients)

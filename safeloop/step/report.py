@@ -49,6 +49,8 @@ class StepReport:
     """loss term -> its value before weighting, 0-d; under accumulation, of the whole window"""
     norms: dict[str, Reading] = field(default_factory=dict)
     """owner -> norm of its gradients before clipping"""
+    num_gradients: dict[str, int] = field(default_factory=dict)
+    """owner -> how many of its parameters have a gradient"""
     each_norm: dict[str, Tensor] = field(default_factory=dict)
     """owner -> norm of each of its gradients, `[number of parameters with a gradient]`"""
     present: dict[str, list[str]] = field(default_factory=dict)

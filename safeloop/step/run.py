@@ -117,7 +117,7 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
         observer.faults(half_done(report, program.owners), step)
         raise
     if observer.is_on:
-        observer.done(step, time.perf_counter() - started)
+        observer.done(report, time.perf_counter() - started)
     return report
 
 

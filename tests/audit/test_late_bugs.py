@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 import safeloop as sl
+from safeloop.audit.budget import FIRST_STEPS
 
 BEGINS, STEPS = 60, 90
 
@@ -84,6 +85,60 @@ def test_a_schedule_of_an_optimizer_that_was_replaced() -> None:
     with pytest.warns(UserWarning, match="lr_scheduler.step"):
         found = codes(happens)
     assert found == ["SL646"]
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.main, self.late = nn.Linear(4, 6), nn.Linear(6, 1), nn.Linear(6, 1)
+
+
+def late_losses(model: TwoHeads, step: int, begins: int) -> dict[str, Tensor]:
+    """From some step on a second head, compared with targets of another shape."""
+    features = model.body(torch.randn(8, 4))
+    terms = {"main": F.mse_loss(model.main(features), torch.randn(8, 1))}
+    if step >= begins:
+        terms["late"] = (model.late(features) - torch.randn(8)).square().mean()
+    return terms
+
+
+@pytest.mark.parametrize("begins", [BEGINS, STEPS])
+def test_a_loop_whose_structure_changes_is_looked_at_again(begins: int) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    deep = []
+    with sl.audit(model=model, optimizers=optimizer, budget=0.0, on_fault="collect") as audit:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            sum(late_losses(model, step, begins).values()).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            assert audit._watch is not None
+            deep += [step] if audit._watch.is_deep else []
+            audit.step()
+    assert [step for step in deep if step >= FIRST_STEPS] == ([begins + 1] if begins < STEPS else [])
+    late = [fault for fault in audit.faults if fault.code == "SL420"]
+    assert len(late) == (begins < STEPS)
+
+
+@pytest.mark.parametrize("begins", [BEGINS, STEPS])
+def test_a_run_whose_structure_changes_is_looked_at_again(begins: int) -> None:
+    class Run(sl.Trainer):
+        def losses(self, batch: Any) -> Any:
+            return late_losses(self.model, self.step, begins)  # type: ignore[arg-type]
+
+    torch.manual_seed(0)
+    run = Run(
+        model=TwoHeads(),
+        data=[torch.zeros(1)],
+        optimizers={"type": "SGD", "lr": 0.05},
+        run={"max_steps": STEPS},
+        audit={"budget": 0.0, "accept": {"SL502": ["late.*"]}},
+        log={"sinks": []},
+    )
+    result = run.fit()
+    late = [fault for fault in result.faults if fault.code == "SL420"]
+    assert len(late) == (begins < STEPS)
 
 
 def test_a_scaler_that_skips_everything() -> None:
