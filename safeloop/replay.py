@@ -1,8 +1,9 @@
-"""`safeloop.replay`: runs a bundled step again and says where its NaN or infinity was born."""
+"""`safeloop.replay`: runs a bundled step again and says where its NaN or infinity was born, or how it failed."""
 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from safeloop.audit.diagnosis import diagnose
+from safeloop.audit.diagnosis import Diagnosis, diagnose
 from safeloop.audit.telling import told
-from safeloop.bundles import Bundle, read_bundle
+from safeloop.autograd.sites import is_user_code
+from safeloop.bundles import Bundle, read_bundle, text_of
 from safeloop.bundles.bundle import CONFIG
 from safeloop.checks.data.bundles import BundleDoesNotFit, BundleNeedsItsTrainer, BundleWithoutBatch
 from safeloop.config import load
 from safeloop.data.move import Mover
-from safeloop.faults import Fault
+from safeloop.faults import Fault, FaultError
 from safeloop.step.turn import Rerun, Turn
 from safeloop.trainer import Trainer, trainer_class
 
@@ -31,10 +33,15 @@ class Replayed:
     """as the finite check says them, with their origin; empty where nothing was bad this time"""
     note: str
     """in what it differs from the step that was saved; empty where it is bitwise the same"""
+    has_failed: bool = False
+    """whether the saved step ended in an error before its gradients were looked at"""
+    error: str = ""
+    """the traceback of the error that it ended in now, where that is no fault"""
 
     def __str__(self) -> str:
-        texts = [str(fault) for fault in self.faults]
-        same = "with the same values, bit by bit" if not self.note else f"not as it was: {self.note}"
+        texts = [*filter(None, [self.error]), *(str(fault) for fault in self.faults)]
+        same = "has ended in the same error" if self.has_failed else "with the same values, bit by bit"
+        same = f"not as it was: {self.note}" if self.note else same
         return "\n\n".join([*texts, f"step {self.step}, run again {same}"])
 
 
@@ -68,7 +75,33 @@ def replay(bundle: str | Path, trainer: Trainer | None = None, *, allow_modules:
     move = Mover(assembly.device)
     turn = Turn(rerun, [move(batch) for batch in saved.window], saved.random)
     found = diagnose(trainer.model, turn, saved.step, saved.terms)
+    if saved.is_failed:
+        return _failed(saved, found)
     return Replayed(saved.step, tuple(told(fault, found, saved.step) for fault in found.faults), found.note)
+
+
+def _failed(saved: Bundle, found: Diagnosis) -> Replayed:
+    """Of a step that ended in an error."""
+    error = found.error
+    if error is None:
+        note = f"it ended in no error, and in the run in {saved.fault.splitlines()[0]}"
+        return Replayed(saved.step, (), note, has_failed=True)
+    if isinstance(error, FaultError):
+        trace, faults = "", (error.fault, *error.others)
+    else:
+        trace, faults = _trace(error), ()
+    head, then = (text.partition("\n")[0] for text in (text_of(error), saved.fault))
+    note = "" if head == then else f"it ended in {head}, and in the run in {then}"
+    return Replayed(saved.step, faults, note, has_failed=True, error=trace)
+
+
+def _trace(error: Exception) -> str:
+    """The traceback of an error, of the user's frames alone; of all frames where there are none."""
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if is_user_code(frame.f_code)]
+    if not own:
+        return "".join(traceback.format_exception(error)).rstrip()
+    parts = [*traceback.StackSummary.extract(iter(own)).format(), *traceback.format_exception_only(error)]
+    return "Traceback, of your code:\n" + "".join(parts).rstrip()
 
 
 def _built(saved: Bundle, allow_modules: Sequence[str]) -> Trainer:

@@ -245,3 +245,84 @@ class Sample:
 def test_what_a_bundle_cannot_hold_is_named(part):
     with pytest.raises(NotStorable, match=r"batch\[\"deep\"\]\[1\]"):
         pack({"deep": [0, part]}, {}, "batch")
+
+
+class Fails(sl.Trainer):
+    """Fails on the third batch in one of several ways, with dropout and batch normalisation before that."""
+
+    kind = "forward"
+
+    def loss(self, batch):
+        out = self.model(batch["x"])
+        if batch["scale"] == 0.0:
+            if self.kind == "forward":
+                out = out[:, [5]]  # the wrong column
+            elif self.kind == "constant":
+                out = out.detach()
+            elif self.kind == "backward":
+                out = FailsBackward.apply(out)
+        return out.square().mean()
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError(f"no derivative at {float(gradient.sum()):.12g}")
+
+
+def failing(kind, **sections):
+    run = in_code(**sections)
+    run.__class__ = type("Run", (Fails,), {"kind": kind})
+    return run
+
+
+KINDS = {"forward": IndexError, "constant": sl.FaultError, "backward": ValueError}
+
+
+@pytest.mark.parametrize(("kind", "expected"), KINDS.items(), ids=KINDS)
+def test_a_step_that_fails_is_saved_and_fails_again_in_the_same_way(here, kind, expected):
+    run = failing(kind)
+    with pytest.raises(expected) as caught:
+        run.fit()
+    note = str(caught.value) + " ".join(getattr(caught.value, "__notes__", []))
+    if sys.version_info >= (3, 11):
+        assert "safeloop replay runs/fails/bundles/step-2" in " ".join(note.split())
+    replayed = sl.replay(here / "runs/fails/bundles/step-2", failing(kind))
+    assert replayed.note == "", "the same text, of numbers that depend on the dropout mask, the weights and buffers"
+    assert "has ended in the same error" in str(replayed)
+    where = {"forward": "# the wrong column", "constant": "SL404", "backward": "raise ValueError"}[kind]
+    assert where in str(replayed)
+
+
+def test_the_buffers_of_a_step_that_fails_are_those_from_before_it(here):
+    run = failing("forward", log={"sinks": []})
+    with pytest.raises(IndexError):
+        run.fit()
+    assert run.model[1].num_batches_tracked == 2
+
+
+def test_a_mistake_that_shows_at_the_first_step_is_not_saved(here):
+    with pytest.raises(IndexError):
+        failing_at_once().fit()
+    assert not (here / "runs/fails/bundles").exists()
+
+
+def failing_at_once():
+    model = nn.Sequential(nn.Linear(4, 2))
+    data = [{"x": torch.randn(8, 4), "scale": 0.0}]
+    sections = {"run": {"max_steps": 3, "name": "fails"}, "log": {"sinks": ["jsonl"]}}
+    return type("Run", (Fails,), {"kind": "forward"})(
+        model=model, data=data, optimizers={"type": "SGD", "lr": 0.1}, **sections
+    )
+
+
+def test_a_saved_failure_that_does_not_come_again_is_said_so(here):
+    with pytest.raises(IndexError):
+        failing("forward").fit()
+    replayed = sl.replay(here / "runs/fails/bundles/step-2", failing("none"))
+    assert "ended in no error" in replayed.note
+    assert "IndexError" in str(replayed)

@@ -86,9 +86,7 @@ class Audit:
             return self
         ownership = owned_by_identity(self.model, self.optimizers)
         self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
-        self._watch = LoopWatch(
-            self.model, self.optimizers, self._handle, self._ask, self._scalers, self._schedulers
-        )
+        self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._ask, self._scalers, self._schedulers)
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         if last is not None and not self._is_counted:
             self._tick = last.register_step_post_hook(lambda *_: self._stepped())

@@ -40,6 +40,8 @@ class Diagnosis:
     """what the finite check says of the replay"""
     note: str = ""
     """why the replay is not what the turn was; empty where it is bitwise the same"""
+    error: Exception | None = None
+    """what the replay ended in before it was through"""
 
     @property
     def is_found(self) -> bool:
@@ -73,6 +75,7 @@ def diagnose(model: nn.Module, turn: Turn, step: int, expected: Mapping[str, Ten
             is_random_known = turn.random.host is not None or host.is_same(HostState.now())
             found.note = _difference(expected, frame.terms, found, is_random_known=is_random_known)
     except Exception as error:  # the user's code, run once more than it expects: the fault must not be lost for that
+        found.error = error
         found.note = f"a replay of the step ended in {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return found
 

@@ -17,8 +17,8 @@ from safeloop.step.randomness import RandomKeeper
 from safeloop.step.report import Frame
 from safeloop.step.turn import Rerun, Turn
 
-Save = Callable[[Turn, Frame, Fault], Path | None]
-"""Writes a bundle of a refused turn; None where it cannot or need not."""
+Save = Callable[[Turn, Frame, Exception], Path | None]
+"""Writes a bundle of a turn that ended in an error; None where it cannot or need not."""
 
 
 class TurnReplayer:
@@ -67,8 +67,20 @@ class TurnReplayer:
         if is_late and "one step later" not in faults[0].where:
             late = f"{faults[0].where}; read one step later, no weight has changed since"
             faults[0] = replace(faults[0], where=late)
-        faults = self._saved(frame.turn, frame, faults)
+        faults = self._saved(frame.turn, frame, faults, FaultError(faults[0], faults[1:]))
         return FaultError(faults[0], faults[1:])
+
+    def failed(self, error: Exception, frame: Frame) -> Exception:
+        """The error with the bundle of its turn. A mistake that shows at the first step needs none."""
+        turn = frame.turn
+        if turn is None or self.save is None or not frame.report.step:
+            return error
+        if isinstance(error, FaultError):
+            faults = self._saved(turn, frame, [error.fault, *error.others], error)
+            return FaultError(faults[0], faults[1:])
+        if (folder := self.save(turn, frame, error)) is not None and hasattr(error, "add_note"):
+            error.add_note(f"`safeloop replay {folder}` runs this step again")
+        return error
 
     def skipped(self, frame: Frame) -> list[Fault]:
         """The first time, what the fault would have been, as a warning."""
@@ -77,7 +89,8 @@ class TurnReplayer:
             return []
         self._has_told_skip = True
         found = self._diagnose(frame.turn, frame)
-        faults = self._saved(frame.turn, frame, [told(fault, found, frame.report.step) for fault in frame.faults])
+        faults = [told(fault, found, frame.report.step) for fault in frame.faults]
+        faults = self._saved(frame.turn, frame, faults, FaultError(faults[0]))
         return [
             replace(
                 fault, severity="warning", what=f"{fault.what}; the update was skipped, and further ones are counted"
@@ -88,8 +101,8 @@ class TurnReplayer:
     def _diagnose(self, turn: Turn, frame: Frame) -> Diagnosis:
         return diagnose(self._model, turn, frame.report.step, frame.terms)
 
-    def _saved(self, turn: Turn, frame: Frame, faults: list[Fault]) -> list[Fault]:
-        folder = None if self.save is None else self.save(turn, frame, faults[0])
+    def _saved(self, turn: Turn, frame: Frame, faults: list[Fault], error: FaultError) -> list[Fault]:
+        folder = None if self.save is None else self.save(turn, frame, error)
         if folder is None:
             return faults
         return [replace(faults[0], where=f"{faults[0].where}; `safeloop replay {folder}` shows it again"), *faults[1:]]

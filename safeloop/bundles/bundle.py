@@ -21,13 +21,15 @@ FILES = (CONFIG, TENSORS)
 
 @dataclass(frozen=True)
 class Bundle:
-    """A refused turn, read back."""
+    """A turn that was refused or that failed, read back."""
 
     path: Path
     step: int
     phase: str
     fault: str
-    """the text of the fault on the machine where it happened"""
+    """the text of the fault, or of another error, on the machine where it happened"""
+    is_failed: bool
+    """whether it ended the turn before there were gradients to look at"""
     needs: tuple[str, ...]
     """live objects that the run was given in code, and that the config cannot build"""
     weights: Mapping[str, Tensor]

@@ -43,6 +43,7 @@ def _bundle(path: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> Bu
         step=int(state["step"]),
         phase=str(state["phase"]),
         fault=str(state["fault"]),
+        is_failed=bool(state.get("is_failed", False)),
         needs=tuple(map(str, state["needs"])),
         weights={name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)},
         eval_modules=tuple(map(str, state["eval_modules"])),

@@ -1,4 +1,4 @@
-"""Writes a refused turn into a folder of its own."""
+"""Writes a turn that was refused, or that failed, into a folder of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safeloop import __version__
 from safeloop.bundles.bundle import CONFIG, FILES, FORMAT, MANIFEST, TENSORS
 from safeloop.bundles.random_state import packed_state
 from safeloop.bundles.structure import NotStorable, pack, stored
-from safeloop.faults import Fault
+from safeloop.faults import FaultError
 from safeloop.folder import write_text
 from safeloop.step.report import Frame
 from safeloop.step.turn import Turn
@@ -24,11 +24,16 @@ from safeloop.step.turn import Turn
 
 def saver(
     root: Path, model: nn.Module, config: str, needs: tuple[str, ...]
-) -> Callable[[Turn, Frame, Fault], Path | None]:
-    """A function that writes a refused turn under `root`; the arguments are those of `write_bundle`."""
-    return lambda turn, frame, fault: write_bundle(
-        root, turn, frame, model=model, fault=str(fault), config=config, needs=needs
+) -> Callable[[Turn, Frame, Exception], Path | None]:
+    """A function that writes a turn which ended in an error under `root`, as `write_bundle` does."""
+    return lambda turn, frame, error: write_bundle(
+        root, turn, frame, model=model, error=error, config=config, needs=needs
     )
+
+
+def text_of(error: Exception) -> str:
+    """What a bundle says of the error that it is about."""
+    return str(error.fault) if isinstance(error, FaultError) else f"{type(error).__name__}: {error}"
 
 
 def write_bundle(
@@ -37,7 +42,7 @@ def write_bundle(
     frame: Frame,
     *,
     model: nn.Module,
-    fault: str,
+    error: Exception,
     config: str,
     needs: tuple[str, ...],
 ) -> Path | None:
@@ -55,7 +60,8 @@ def write_bundle(
             "versions": {"safeloop": __version__, "torch": torch.__version__},
             "step": frame.report.step,
             "phase": turn.rerun.phase,
-            "fault": fault,
+            "fault": text_of(error),
+            "is_failed": not frame.gradients,
             "needs": list(needs),
             "window": window,
             "refused": refused,

@@ -1,4 +1,4 @@
-"""`safeloop replay BUNDLE`: run a saved step again, and print where its NaN or infinity was born."""
+"""`safeloop replay BUNDLE`: run a saved step again, and print where its NaN or infinity was born, or how it failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def replay(
     ],
     allow_module: AllowModule = None,
 ) -> None:
-    """Run a step that ended in NaN or infinity again, and print the diagnosis."""
+    """Run a step that failed, or that ended in NaN or infinity, again, and print the diagnosis."""
     with endings():
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.append(here)

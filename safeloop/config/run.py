@@ -157,7 +157,8 @@ class NonFiniteSection(Component):
     max_consecutive: Int | None = Field(default=None, ge=1)
     """with skip: this many skips in a row stop the run"""
     save_bundle: Bool = True
-    """write the refused step into the run folder, `bundles/step-N`, for `safeloop replay`: as large as the weights"""
+    """write a step that was refused or (except for the first) that failed into the run folder, `bundles/step-N`, for
+    `safeloop replay`: as large as the weights"""
 
 
 class AuditSection(Component):

@@ -20,7 +20,7 @@ from safeloop.step.closure import ClosureOperation, bind_closure
 from safeloop.step.custom import CustomRun
 from safeloop.step.ended import DataEnded, half_done
 from safeloop.step.report import Frame, StepReport
-from safeloop.step.turn import Rerun, capturing, explaining, rerun_of
+from safeloop.step.turn import Rerun, capturing, explaining, failing, rerun_of
 from safeloop.step.window import WindowGuard
 
 
@@ -51,6 +51,8 @@ class _BoundPhase:
     inner: tuple[Operation, ...]
     """forward and backward: once for each micro-batch"""
     after: tuple[Operation, ...]
+    failed: Callable[[Exception, Frame], Exception]
+    """what becomes of an error that ends a turn"""
     rerun: Rerun | None = None
     """how to run forward and backward once more"""
     closure: ClosureOperation | None = None
@@ -156,28 +158,37 @@ def _run_confined(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited
 def _run_turns(phase: _BoundPhase, draw: Draw, report: StepReport, is_audited: bool, wants_modules: bool) -> None:
     for _ in range(phase.repeat):
         frame = Frame(report, is_audited=is_audited, wants_modules=wants_modules)
-        if phase.closure is not None:
-            phase.closure(frame, [draw()] if phase.micro_batches == 1 else draw.window(phase.micro_batches))
-        elif phase.micro_batches == 1:
-            frame.batch = draw()
-            frame.window = (frame.batch,)
-            for operate in phase.before:
-                operate(frame)
-            for operate in phase.inner:
-                operate(frame)
-        else:
-            window = frame.window = draw.window(phase.micro_batches)
-            for operate in phase.before:
-                operate(frame)
-            for frame.batch, frame.share in zip(window, phase.shares(window), strict=True):
-                for operate in phase.inner:
-                    operate(frame)
-        for operate in phase.after:
-            operate(frame)
+        frame.window = (draw(),) if phase.micro_batches == 1 else draw.window(phase.micro_batches)
+        try:
+            _run_turn(phase, frame)
+        except Exception as error:
+            told = phase.failed(error, frame)
+            if told is error:
+                raise
+            raise told from error.__cause__
         report.terms.update(frame.terms)
         for name, part in frame.inactive.items():
             report.inactive[name] = report.inactive.get(name, 0.0) + part / phase.repeat
         report.num_skipped += frame.is_skipped
+
+
+def _run_turn(phase: _BoundPhase, frame: Frame) -> None:
+    if phase.closure is not None:
+        phase.closure(frame, frame.window)
+        return
+    for operate in phase.before:
+        operate(frame)
+    if phase.micro_batches == 1:
+        frame.batch = frame.window[0]
+        for operate in phase.inner:
+            operate(frame)
+    else:
+        window = frame.window
+        for frame.batch, frame.share in zip(window, phase.shares(window), strict=True):
+            for operate in phase.inner:
+                operate(frame)
+    for operate in phase.after:
+        operate(frame)
 
 
 def _keep(keeper: BufferKeeper) -> Operation:
@@ -212,6 +223,7 @@ def _bound(phase: Phase, parts: Parts) -> _BoundPhase:
         (*keeps, *capturing(parts, rerun), *operations[:first], *([guard.begin] if phase.micro_batches > 1 else [])),
         guard.around(nodes[first:last], operations[first:last]) if is_zeroed else operations[first:last],
         operations[last:],
+        failing(parts),
         rerun,
         None if closure is None else bind_closure(closure, parts, rerun),
     )

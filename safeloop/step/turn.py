@@ -84,6 +84,9 @@ class Replayer(Protocol):
     def explained(self, error: FaultError, frame: Frame) -> FaultError:
         """The error with the origin of what made the finite check refuse a turn."""
 
+    def failed(self, error: Exception, frame: Frame) -> Exception:
+        """The error, where it says more now, of a turn that ended in one before its gradients were looked at."""
+
     def skipped(self, frame: Frame) -> list[Fault]:
         """What to tell of a turn whose update was left out."""
 
@@ -114,6 +117,20 @@ def capturing(parts: Parts, rerun: Rerun | None) -> tuple[Operation, ...]:
     if replayer is None or rerun is None:
         return ()
     return (replayer.capturing(rerun),)
+
+
+def failing(parts: Parts) -> Callable[[Exception, Frame], Exception]:
+    """What becomes of an error that ends a turn: buffers are as before the turn, and the turn is saved."""
+    replayer, keeper = parts.replayer, parts.keeper
+
+    def failed(error: Exception, frame: Frame) -> Exception:
+        if frame.gradients:  # the finite check has seen it, and says itself what is to be said
+            return error
+        if keeper is not None:
+            keeper.restore(turns=1)
+        return error if replayer is None else replayer.failed(error, frame)
+
+    return failed
 
 
 def explaining(finite: Operation, parts: Parts) -> Operation:
