@@ -48,9 +48,10 @@ class Evaluator:
     def __call__(self, assembly: Assembly, recorder: Recorder) -> dict[str, float]:
         """Evaluate, record, and move the schedules that follow a metric; the model and all states are as before."""
         trainer, move = self._trainer, Mover(assembly.device)
+        source = where_defined(type(trainer).metrics)
 
         def measure(batch: Any) -> dict[str, Any]:
-            with assembly.audit.evaluating(), assembly.precision.autocast():
+            with assembly.audit.evaluating(source), assembly.precision.autocast():
                 return self._measure(batch, assembly.weights)
 
         with standing_in(trainer, trainer.averaged_model):
@@ -61,7 +62,7 @@ class Evaluator:
                 count=trainer.count,
                 wants_grad=wants_grad(trainer.metrics),
                 seed=derive(trainer.config.run.seed, "evaluate"),
-                where=where_defined(type(trainer).metrics),
+                where=source,
             )
         recorder.evaluated(trainer.step, trainer.epoch, metrics)
         move_by_metrics(assembly.owners.values(), metrics)

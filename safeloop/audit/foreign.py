@@ -27,11 +27,14 @@ from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, next_node
 from safeloop.checks.check import CallCheck, EventCheck
+from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
+from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.views import GradientsView
 from safeloop.faults import Fault
 
@@ -72,9 +75,9 @@ class LoopWatch:
         self._parameters, self._names = self.journal.parameters, self.journal.names
         self._updates = Updates(self.journal, ask)
         self._events: list[EventCheck] = event_checks(model)
-        self._by_data = PathCutByData()
+        self._visitors = (PathCutByData(), PenaltyNotInLoss())
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
-        calls: list[CallCheck] = [*call_checks(model, frozen), self._by_data]
+        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors]
         both = [check for check in calls if isinstance(check, EventCheck)]
         self._events += both
         self.gradients = GradientWatch(model)
@@ -84,6 +87,8 @@ class LoopWatch:
             listeners.setdefault(name, []).append(count_means)
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
         self._guards = Guards(model, self._parameters, self._open.tape.writes)
+        self._moved = MovedWithoutGradient()
+        self._aliases = KeptStateIsLive(model)
         self._known_functions: set[type] = set()
         self._bad: BadTrace | None = None
         self._is_bad_told = False
@@ -183,7 +188,7 @@ class LoopWatch:
     def _surveyed(self, event: Backward, roots: list[Tensor], found: Survey, call: Call) -> None:
         self._poll_schedulers()
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
-        faults += self._by_data.visited(found.numbers)
+        faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         for kind, args in list(call.tape.functions.items()):
             if kind not in self._known_functions:
                 self._known_functions.add(kind)
@@ -206,6 +211,7 @@ class LoopWatch:
         self._poll_schedulers()
         event = self._updates.event(owner, optimizer, is_deep=self.is_deep, has_closure=has_closure)
         if self.is_deep and not has_closure and not event.was_skipped:
+            self._moved.before(owner, optimizer, {name: self._parameters[name] for name in event.absent})
             self._look(owner, optimizer, event)
         self.journal.record(event)
         self.journal.state.inside = owner
@@ -214,6 +220,8 @@ class LoopWatch:
         self._has_updated = True
         self.journal.stepped(owner)
         if self.is_deep:
+            where = f"step of `{owner}`, iteration {self.journal.iteration}"
+            self._handle(list(self._moved.after(owner, optimizer, where)))
             owned = self.journal.state.owners[owner]
             self._lifetimes.updated([self._parameters[name] for name in owned], next_node())
 
@@ -275,8 +283,10 @@ class LoopWatch:
                 self.journal.record(Schedule(None, self.journal.iteration, owner, scheduler, called))
 
     def _scan(self) -> None:
-        holders = [*holders_of_frames(sys._getframe(1)), *holders_of_modules(self._model)]
-        self._handle(list(self._lifetimes.kept(holders)))
+        frame = sys._getframe(1)
+        holders = [*holders_of_frames(frame), *holders_of_modules(self._model)]
+        faults = list(self._lifetimes.kept(holders))
+        self._handle([*faults, *self._aliases.kept(holders_of_frames(frame, unless="save"))])
 
 
 def _named(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, nn.Parameter]:

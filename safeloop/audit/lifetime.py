@@ -170,9 +170,17 @@ def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:
     )
 
 
-def holders_of_frames(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
-    """Local variables of the user's functions that are running, and the attributes of their `self`."""
+def holders_of_frames(frame: FrameType | None, *, unless: str = "") -> Iterator[tuple[str, Any]]:
+    """Local variables of the user's functions that are running, and the attributes of their `self`.
+
+    Args:
+        frame: the innermost one.
+        unless: functions that use a name with this in it are left out.
+    """
     while frame is not None:
+        if unless and any(unless in name for name in frame.f_code.co_names):
+            frame = frame.f_back
+            continue
         if is_user_code(frame.f_code):
             names = frame.f_locals
             for name, value in list(names.items()):

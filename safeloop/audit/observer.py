@@ -17,10 +17,12 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
 from safeloop.audit.stretch import build_tape, is_compiled, tell_broken
 from safeloop.autograd.survey import survey
+from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
-from safeloop.checks.evaluation.modes import GradModeLeftOff, ModeChangedInLoss, restless
+from safeloop.checks.evaluation.modes import GradModeChangedInMetrics, GradModeLeftOff, ModeChangedInLoss, restless
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
@@ -72,9 +74,10 @@ class StepAudit:
         self._found: list[Fault] = []
         self._gradients = GradientWatch(model)
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
-        self._by_data = PathCutByData()
+        self._aliases = KeptStateIsLive(model)
+        self._visitors = (PathCutByData(), PenaltyNotInLoss())
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
-        checks = [*trainer_call_checks(model, frozen), self._by_data]
+        checks = [*trainer_call_checks(model, frozen), *self._visitors]
         self._tape = build_tape(model, checks, self._found.extend)
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
         self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
@@ -107,7 +110,7 @@ class StepAudit:
         if self._is_deep and own in _SCANS:
             holders = [*holders_of_modules(self._model)]
             holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
-            self.faults(list(self._lifetimes.kept(holders)), step)
+            self.faults([*self._lifetimes.kept(holders), *self._aliases.kept(holders)], step)
         if own + 1 == FIRST_STEPS:
             self._tell_history(step, is_over=False)
 
@@ -146,15 +149,22 @@ class StepAudit:
             self._found.append(ModeChangedInLoss.of(changed, source))
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The call of `metrics` on one batch; the first ones are looked at."""
-        self._evaluations += 1
-        if self.budget.level == "off" or self._evaluations > 2 or is_compiled(self._model):
+    def evaluating(self, source: str) -> Iterator[None]:
+        """The call of `metrics`, defined at `source`, on one batch; the first ones are looked at."""
+        if self.budget.level == "off":
             yield
             return
-        self._evaluation.begin()
-        with self._evaluation:
+        self._evaluations += 1
+        grad_mode = torch.is_grad_enabled()
+        if self._evaluations > 2 or is_compiled(self._model):
             yield
+        else:
+            self._evaluation.begin()
+            with self._evaluation:
+                yield
+        if torch.is_grad_enabled() != grad_mode:
+            torch.set_grad_enabled(grad_mode)
+            self._found.append(GradModeChangedInMetrics.of(source, is_on=not grad_mode))
         self._tell(0)
 
     def forwarded(self, step: int) -> None:
@@ -190,7 +200,7 @@ class StepAudit:
         tape, terms = self._tape, list(roots.values())
         found = survey(*terms, since=self._starts[1])
         faults = list(self._lifetimes.reached(found, tape, None, step))
-        faults += self._by_data.visited(found.numbers)
+        faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         for kind, args in list(tape.functions.items()):
             if kind not in self._functions:
                 self._functions.add(kind)

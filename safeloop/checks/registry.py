@@ -92,6 +92,7 @@ FILES: dict[str, str] = {
     "SL437": "penalties/gradient.py",  # SecondDerivativeVanishes
     "SL438": "penalties/declared.py",  # PenaltyWithoutEffect (warning)
     "SL439": "penalties/declared.py",  # DeclaredPenaltyMissing
+    "SL440": "penalties/unused.py",  # PenaltyNotInLoss (warning)
     "SL445": "terms/derivatives.py",  # DerivativeVanishes
     "SL446": "terms/derivatives.py",  # NothingToDerive
     "SL447": "setup/watch.py",  # WatchRefused
@@ -145,6 +146,7 @@ FILES: dict[str, str] = {
     "SL650": "update/freezing.py",  # FrozenDuringTraining (warning)
     "SL651": "update/freezing.py",  # FrozenButMoving (warning)
     "SL652": "update/windows.py",  # TailWindow (warning)
+    "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation
@@ -153,6 +155,9 @@ FILES: dict[str, str] = {
     "SL705": "evaluation/modes.py",  # ModeChangedInLoss (warning)
     "SL706": "evaluation/statistics.py",  # FrozenStatistics (warning)
     "SL707": "evaluation/modes.py",  # GradModeLeftOff
+    "SL720": "evaluation/aliases.py",  # KeptStateIsLive (warning)
+    "SL721": "evaluation/statistics.py",  # StatisticsLeftBehind (warning)
+    "SL722": "evaluation/modes.py",  # GradModeChangedInMetrics (warning)
     # SL85: data and environment
     "SL851": "data/source.py",  # EmptyData
     "SL852": "data/source.py",  # BatchCannotMove

@@ -9,7 +9,7 @@ from torch import nn
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.modes import LeftInEvalMode
-from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation
+from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation, StatisticsLeftBehind
 from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZero
 from safeloop.checks.gradients.history import History
 from safeloop.checks.gradients.magnitude import ExplodingGradient, VanishingGradient
@@ -121,6 +121,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         PenaltyThroughBatchNorm(),
         CheckpointRunsTwice(),
         GradientOfNonLeaf(),
+        StatisticsLeftBehind(),
         FrozenStatistics(model, frozen),
     ]
 

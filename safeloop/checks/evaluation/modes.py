@@ -241,3 +241,66 @@ class GradModeLeftOff(Check):
             "follows in this process builds no graph",
             fix="use `with torch.no_grad():`, which ends by itself, in place of torch.set_grad_enabled(False)",
         )
+
+
+class GradModeChangedInMetrics(Check):
+    """`metrics` switches grad mode on or off, and does not switch it back.
+
+    ## What it does
+    Compares grad mode before and after each call of `metrics`, and restores it. Cost: none.
+
+    ## Why it is bad
+    An evaluation runs without grad mode. Something in it that switches grad mode on for good has the rest of the
+    evaluation build graphs: memory grows with each batch whose values are kept, and what follows runs in a mode that
+    nobody chose.
+
+    ## Bad
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+        def metrics(self, batch):
+            torch.set_grad_enabled(True)
+            return {"error": self.model(batch).abs().mean()}
+
+    sgd, data = {"type": "SGD", "lr": 0.1}, [torch.randn(8, 4)]
+    Run(model=nn.Linear(4, 1), data=data, eval_data=data, optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return self.model(batch).square().mean()
+
+        def metrics(self, batch):
+            with torch.enable_grad():
+                x = batch.clone().requires_grad_()
+                (slope,) = torch.autograd.grad(self.model(x).sum(), x)
+            return {"error": self.model(batch).abs().mean(), "slope": slope.norm()}
+
+    sgd, data = {"type": "SGD", "lr": 0.1}, [torch.randn(8, 4)]
+    Run(model=nn.Linear(4, 1), data=data, eval_data=data, optimizers=sgd, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Use `with torch.enable_grad():` around what needs it.
+
+    ## Source
+    https://github.com/jeanfeydy/geomloss/pull/49.
+    """
+
+    code = "SL722"
+    title = "grad mode changed by metrics"
+    severity = "warning"
+
+    @classmethod
+    def of(cls, source: str, *, is_on: bool) -> Fault:
+        """The fault of the `metrics` at `source`."""
+        before, after = ("off", "on") if is_on else ("on", "off")
+        return cls.fault(
+            f"grad mode was {before} before `metrics` and is {after} after it",
+            where=source,
+            why=f"something called torch.set_grad_enabled({is_on}) and did not undo it: the rest of the evaluation "
+            + ("would build graphs and keep them" if is_on else "would have no gradients"),
+            fix=f"use `with torch.{'enable_grad' if is_on else 'no_grad'}():`, which ends by itself",
+        )

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from types import FrameType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import swa_utils
 
@@ -214,3 +215,105 @@ def _parents(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     modules = dict(model.named_modules())
     norms = [name for name, module in modules.items() if name and isinstance(module, _NormBase)]
     return {name: list(modules[name.rpartition(".")[0]].parameters()) for name in norms}
+
+
+class StatisticsLeftBehind(CallCheck):
+    """The weights of an averaged copy follow the model, and its running statistics do not.
+
+    ## What it does
+    Looks at batch normalisation in eval mode whose weights do not require grad, and tells where these weights change
+    from iteration to iteration while the running statistics are still those of a new module, mean 0 and variance 1.
+    Cost: a few numbers read on the steps that are looked at in depth.
+
+    ## Why it is bad
+    A target network or a teacher is moved towards the model by a loop over `parameters()`, which leaves out buffers.
+    In eval mode it normalises with statistics that nobody has ever updated, and gives values that mean nothing.
+
+    ## Bad
+    ```python
+    import copy
+
+    online = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    target = copy.deepcopy(online).requires_grad_(False).eval()
+    optimizer = torch.optim.SGD(online.parameters(), lr=0.1)
+    with sl.audit(model={"online": online, "target": target}, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(8):
+            x = torch.randn(8, 4)
+            with torch.no_grad():
+                goal = target(x)
+            optimizer.zero_grad()
+            (online(x) - goal - 1).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), online.parameters()):
+                    slow.lerp_(fast, 0.1)
+            audit.step()
+    ```
+    ## Good
+    ```python
+    import copy
+
+    online = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    target = copy.deepcopy(online).requires_grad_(False).eval()
+    optimizer = torch.optim.SGD(online.parameters(), lr=0.1)
+    with sl.audit(model={"online": online, "target": target}, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(8):
+            x = torch.randn(8, 4)
+            with torch.no_grad():
+                goal = target(x)
+            optimizer.zero_grad()
+            (online(x) - goal - 1).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), online.parameters()):
+                    slow.lerp_(fast, 0.1)
+                for slow, fast in zip(target.buffers(), online.buffers()):
+                    slow.copy_(fast)
+            audit.step()
+    ```
+    ## Fix
+    Copy the buffers as well, or keep the copy in train mode where its own statistics are wanted.
+
+    ## Source
+    https://github.com/DLR-RM/stable-baselines3/pull/1004.
+    """
+
+    code = "SL721"
+    title = "running statistics left behind"
+    severity = "warning"
+    hears = frozenset(("batch_norm",))
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Tensor] = {}
+        self._times: Counter[str] = Counter()
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """At the third change of the weights of such a module."""
+        module, path = call.tape.running, call.tape.module
+        if not isinstance(module, _NormBase) or module.training or not _is_untouched(module):
+            return
+        if not module.affine or module.weight.requires_grad:
+            return
+        weight = module.weight
+        before = self._weights.get(path)
+        if before is not None and not torch.equal(before, weight):
+            self._times[path] += 1
+        self._weights[path] = weight.detach().clone()
+        if self._times[path] == 3:
+            self._times[path] += 1
+            yield self.fault(
+                f"the weights of `{path}` are moved, and its running_mean and running_var are still 0 and 1, as in a "
+                "new module",
+                where=at(call.site, f"forward of `{path}`"),
+                why="a moving average over parameters() leaves out buffers: in eval mode this copy normalises with "
+                "statistics that nobody has ever updated",
+                fix="copy the buffers too: `for t, b in zip(target.buffers(), model.buffers()): t.copy_(b)`",
+                names=(path,),
+            )
+
+
+def _is_untouched(module: _NormBase) -> bool:
+    mean, variance = module.running_mean, module.running_var
+    if mean is None or variance is None or mean.is_meta:
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
