@@ -17,9 +17,10 @@ from safeloop.audit.budget import FIRST_STEPS, Budget, Level
 from safeloop.audit.crash import crash_faults
 from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
-from safeloop.audit.shims import hookable
+from safeloop.audit.shims import guarded, hookable
+from safeloop.audit.stray import StrayOptimizers
 from safeloop.audit.stretch import tell_broken
-from safeloop.checks.stages import setup_faults
+from safeloop.checks.stages import loop_setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.ownership import owned_by_identity
@@ -81,10 +82,12 @@ class Audit:
         if self._budget.level == "off":
             return self
         ownership = owned_by_identity(self.model, self.optimizers)
-        self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
+        self._handle(loop_setup_faults(SetupView(self.model, ownership, self.optimizers)))
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         self._tick = None if last is None else last.register_step_post_hook(lambda *_: self._stepped())
+        known = [found for found in map(hookable, self.optimizers.values()) if found is not None]
+        self._stray = StrayOptimizers(self.model, known, self._handle, self._watch.broken)
         self._watch.dive()
         self._started = time.perf_counter()
         return self
@@ -97,6 +100,7 @@ class Audit:
             return
         if self._tick is not None:
             self._tick.remove()
+        self._stray.close()
         watch.undo()
         tell_broken(watch.broken)
         if error is None:
@@ -118,10 +122,12 @@ class Audit:
             return
         now = time.perf_counter()
         self._budget.done(self._step, now - self._started, was_deep=watch.is_deep)
-        watch.iterate()
+        with guarded(watch.broken):
+            watch.iterate()
         self._step += 1
         if self._step == FIRST_STEPS and self._budget.level == "standard":
             watch.first_window_over()
+            self._stray.close()
         if self._budget.wants(self._step):
             watch.dive()
         else:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.utils import clip_grad
 
 from safeloop.checks.events import Update
 from safeloop.checks.gradients.flow import NoGradient
 from safeloop.checks.graph.saved import SavedTensorChanged
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.checks.source import at, user_frame
+from safeloop.checks.update.clip_order import ClipWithoutEffect
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -28,7 +31,29 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
     message = str(error)
     if not isinstance(error, RuntimeError):
         return []
-    return [*_stepped_between(error, message, model, watch), *_unreduced(message, watch), *_translated(error, model)]
+    return [
+        *_stepped_between(error, message, model, watch),
+        *_unreduced(message, watch),
+        *_nothing_to_clip(error),
+        *_translated(error, model),
+    ]
+
+
+def _nothing_to_clip(error: RuntimeError) -> Iterator[Fault]:
+    """`clip_grad_value_` without a gradient, which torch refuses with a check of its own insides."""
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    if not any(code.co_filename == clip_grad.__file__ and code.co_name == "clip_grad_value_" for code in frames):
+        return
+    if "nested_tensorlist[0].empty()" not in str(error):
+        return
+    found = user_frame(error.__traceback__)
+    yield ClipWithoutEffect.fault(
+        "`clip_grad_value_` found no gradient: none of the parameters that it was given has one",
+        where="the clip" if found is None else str(found[1]),
+        why="it runs before backward() has made gradients, after zero_grad() has thrown them away, or on another "
+        "network",
+        fix="clip between backward() and step(): backward, clip, step",
+    )
 
 
 def _translated(error: RuntimeError, model: nn.Module) -> Iterator[Fault]:
