@@ -16,6 +16,7 @@ from safeloop.checks.graph.saved import SavedTensorChanged
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.checks.source import at, user_frame
 from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.half import LossNotScaled
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -29,6 +30,8 @@ _REDUCTION = "Expected to have finished reduction in the prior iteration"
 def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[Fault]:
     """The faults that explain an error of torch's, most specific first; none where we cannot say more than torch."""
     message = str(error)
+    if isinstance(error, AssertionError):
+        return list(_scaler_without_loss(error, message))
     if not isinstance(error, RuntimeError):
         return []
     return [
@@ -37,6 +40,19 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
         *_nothing_to_clip(error),
         *_translated(error, model),
     ]
+
+
+def _scaler_without_loss(error: AssertionError, message: str) -> Iterator[Fault]:
+    """A gradient scaler that has never scaled a loss."""
+    found = user_frame(error.__traceback__)
+    where = "the scaler" if found is None else str(found[1])
+    if "_scale is None" in message:
+        yield LossNotScaled.fault(
+            "the GradScaler has never scaled a loss: `scaler.scale` was not called",
+            where=where,
+            why="backward() ran on the plain loss, and the scaler has no factor yet to divide its gradients by",
+            fix="scale every loss: `scaler.scale(loss).backward()`",
+        )
 
 
 def _nothing_to_clip(error: RuntimeError) -> Iterator[Fault]:

@@ -157,6 +157,7 @@ FILES: dict[str, str] = {
     "SL658": "update/schedules.py",  # ScheduledTwice (warning)
     "SL659": "update/schedules.py",  # ScheduleRunsOver (warning)
     "SL660": "update/rebuilt.py",  # OptimizerBuiltAgain (warning)
+    "SL661": "update/rates.py",  # RateSetNowhere (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation

@@ -42,6 +42,7 @@ from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, Stepped
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
 from safeloop.checks.update.half import HalfWithoutScaler, LossNotScaled
 from safeloop.checks.update.no_effect import StepChangesNothing
+from safeloop.checks.update.rates import RateSetNowhere
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
 from safeloop.checks.update.schedules import ScheduledTwice, ScheduleRunsOver
@@ -98,8 +99,14 @@ def loop_setup_faults(view: SetupView) -> list[Fault]:
 
     What looks like an optimizer over a copy of the model is told at once.
     """
-    late = () if is_stale(view) else (UnownedParameter.code, StaleOptimizer.code)
-    return [fault for fault in setup_faults(view) if fault.code not in late]
+    faults = setup_faults(view)
+    told = [fault for fault in faults if fault.code not in (UnownedParameter.code, StaleOptimizer.code)]
+    if not is_stale(view):
+        return told
+    unowned = view.ownership.unowned
+    trainable = sum(parameter.requires_grad for parameter in view.model.parameters())
+    stale = [fault for fault in faults if fault.code == StaleOptimizer.code]
+    return [*stale, UnownedParameter.in_a_loop(unowned, trainable, list(view.optimizers)), *told]
 
 
 def term_faults(view: TermsView) -> list[Fault]:
@@ -148,7 +155,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
 
 def _both(model: nn.Module) -> list[CallCheck]:
     """Those of them that look at events too, or that a Trainer has no need of."""
-    return [LeafOfNobody(model), HalfWithoutScaler(), CopyOfItself(model)]
+    return [LeafOfNobody(model), HalfWithoutScaler(), StepChangesNothing(), CopyOfItself(model)]
 
 
 def event_checks(model: nn.Module) -> list[EventCheck]:
@@ -180,7 +187,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         LossNotScaled(),
         GroupRateZero(),
         ClosureDiscardsGradients(),
-        StepChangesNothing(),
+        RateSetNowhere(),
         ScheduledTwice(),
         ScheduleRunsOver(),
         LeftInEvalMode(model),

@@ -142,6 +142,29 @@ def temperature_in_no_optimizer(watch: Any, is_bad: bool) -> None:
             audit.step()
 
 
+class Prompted:
+    """No module: nobody lists its prompt."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.prompt = model, nn.Parameter(torch.ones(4))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x * self.prompt)
+        return out
+
+
+@twins("SL215", "prompted.prompt")
+def prompt_in_a_plain_object(watch: Any, is_bad: bool) -> None:
+    prompted = Prompted(net())
+    optimizer = SGD([*prompted.model.parameters(), *([] if is_bad else [prompted.prompt])], lr=0.01)
+    with watch(prompted.model, optimizer) as audit:
+        for _ in range(8):
+            optimizer.zero_grad()
+            F.cross_entropy(prompted(torch.randn(8, 4)), torch.randint(0, 3, (8,))).backward()
+            optimizer.step()
+            audit.step()
+
+
 @twins("SL215", "adapter")
 def adapter_in_a_hook(watch: Any, is_bad: bool) -> None:
     model, adapter = net(), nn.Linear(6, 6)
@@ -268,6 +291,38 @@ def updates_that_round_away(watch: Any, is_bad: bool) -> None:
             audit.step()
 
 
+@twins("SL657", "load_state_dict")
+def the_target_is_copied_the_wrong_way(watch: Any, is_bad: bool) -> None:
+    online = net()
+    target = copy.deepcopy(online)
+    optimizer = SGD(online.parameters(), lr=0.1)
+    with watch({"online": online, "target": target}, optimizer) as audit:
+        for _ in steps(audit, online, optimizer, 12):
+            if is_bad:
+                online.load_state_dict(target.state_dict())
+            else:
+                target.load_state_dict(online.state_dict())
+
+
+@twins("SL661", "learning_rate")
+def a_rate_under_another_key(watch: Any, is_bad: bool) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as audit:
+        for i in steps(audit, model, optimizer, 4):
+            optimizer.param_groups[0]["learning_rate" if is_bad else "lr"] = 0.1 / (i + 2)
+
+
+@twins("SL661", "attribute `lr`")
+def a_rate_as_an_attribute(watch: Any, is_bad: bool) -> None:
+    model = net()
+    optimizer: Any = SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as audit:
+        for i in steps(audit, model, optimizer, 4):
+            if is_bad:
+                optimizer.lr = 0.1 / (i + 2)
+
+
 @twins("SL660", "Adam")
 def an_optimizer_for_every_step(watch: Any, is_bad: bool) -> None:
     model = net()
@@ -339,6 +394,16 @@ def one_loss_is_not_scaled(watch: Any, is_bad: bool) -> None:
             scaler.step(optimizer)
             scaler.update()
             audit.step()
+
+
+def test_a_scaler_that_has_scaled_nothing_is_explained(watched: Any) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(AssertionError), watched(model, optimizer) as audit:
+        loss_of(model).backward()
+        scaler.step(optimizer)
+    assert [fault.code for fault in audit.faults] == ["SL653"]
 
 
 @twins("SL656", "GradScaler")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import Tensor
 
-from safeloop.checks.check import EventCheck
+from safeloop.autograd.sites import Site
+from safeloop.autograd.tape import Call
+from safeloop.autograd.writes import storage_pointer
+from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Event, Iteration, LoopState, Update
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed
@@ -21,13 +25,14 @@ _SAMPLE = 8
 """Parameters that are compared: the smallest of an optimizer."""
 
 
-class StepChangesNothing(EventCheck):
+class StepChangesNothing(EventCheck, CallCheck):
     """An optimizer steps, has gradients and a learning rate, and not one weight changes.
 
     ## What it does
     Compares the smallest parameters of an optimizer, bit by bit, before its step and at the end of the iteration, on
     steps that are looked at in depth. Speaks after 10 steps in a row on which none of those with a gradient changed.
-    Steps that a gradient scaler skips, and rates of zero, are other faults.
+    Steps that a gradient scaler skips, and rates of zero, are other
+    faults. Where the loop itself writes the old values back, it names that line.
 
     ## Why it is bad
     A number holds a limited count of digits: 3 in bfloat16, 7 in float32. An update that is smaller than the last
@@ -68,15 +73,26 @@ class StepChangesNothing(EventCheck):
     title = "steps change no weight"
     severity = "warning"
 
+    hears: ClassVar[frozenset[str]] = frozenset(("copy_",))
+
     def __init__(self) -> None:
+        self._copied: dict[int, Site | None] = {}
+        """where the values lie that the loop wrote over since the last step"""
         self._before: dict[str, tuple[Update, list[tuple[str, Tensor, Tensor]]]] = {}
         self._row: Counter[str] = Counter()
         self._told: set[str] = set()
         self._largest: dict[str, float] = {}
 
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Notes who writes over what."""
+        if isinstance(call.args[0], Tensor) and (pointer := storage_pointer(call.args[0])):
+            self._copied[pointer] = call.site
+        return iter(())
+
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the end of the tenth iteration in a row whose step changed nothing."""
         if isinstance(event, Update):
+            self._copied.clear()
             self._before.pop(event.owner, None)
             top = self._largest[event.owner] = max(self._largest.get(event.owner, 0.0), *event.rates, 0.0)
             has_collapsed = bool(event.rates) and max(event.rates) < _COLLAPSED * top
@@ -96,6 +112,10 @@ class StepChangesNothing(EventCheck):
         self._told.add(owner)
         names = [name for name, _, _ in sample]
         kinds = {str(p.dtype).removeprefix("torch.") for _, p, _ in sample}
+        restored = [storage_pointer(p) for _, p, _ in sample if storage_pointer(p) in self._copied]
+        if restored:
+            yield self._restored(owner, names, self._copied[restored[0]])
+            return
         rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(update.rates))
         yield self.fault(
             f"{_ENOUGH} steps of `{owner}` in a row have changed no entry of {listed(names)}, whose gradients are not "
@@ -106,6 +126,16 @@ class StepChangesNothing(EventCheck):
             if kinds & {"bfloat16", "float16"}
             else "raise the learning rate (lr); look for a scheduler that has taken it down, such as one that is "
             "stepped on every batch instead of every epoch",
+            names=names,
+        )
+
+    def _restored(self, owner: str, names: list[str], site: Site | None) -> Fault:
+        return self.fault(
+            f"after each of {_ENOUGH} steps of `{owner}` in a row the values from before it were written back into "
+            f"{listed(names)}",
+            where=at(site, "a copy after the step"),
+            why="what the step has learned is thrown away: the copy goes the wrong way, or restores an old state",
+            fix="copy from what trains into the other: `target.load_state_dict(online.state_dict())`",
             names=names,
         )
 

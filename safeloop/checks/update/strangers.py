@@ -184,9 +184,15 @@ def _inside(name: str, value: Any, tensor: Tensor, depth: int) -> Iterator[tuple
         for path, parameter in value.named_parameters():
             if parameter is tensor:
                 yield f"{name}.{path}", value, value.get_submodule(path.rpartition(".")[0])
-    elif depth and name == "self" and hasattr(value, "__dict__"):
-        for key, item in list(vars(value).items()):
-            yield from _inside(f"self.{key}", item, tensor, depth - 1)
-    elif depth:
+    elif depth and isinstance(value, (list, tuple, dict, set)):
         for key, item in items_of(value):
             yield from _inside(f"{name}[{key!r}]", item, tensor, depth - 1)
+    elif depth and _is_plain(value):
+        for key, item in list(vars(value).items()):
+            yield from _inside(f"{name}.{key}", item, tensor, depth - 1)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is an object of a class that is not torch's, ours or Python's."""
+    root = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and root not in ("torch", "safeloop", "builtins", "types")
