@@ -19,8 +19,9 @@ from safeloop.audit.crash import crash_faults
 from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.shims import hookable
+from safeloop.audit.stray import StrayOptimizers
 from safeloop.audit.stretch import tell_broken
-from safeloop.checks.stages import setup_faults
+from safeloop.checks.stages import loop_setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.ownership import owned_by_identity
@@ -85,11 +86,13 @@ class Audit:
         if self._budget.level == "off":
             return self
         ownership = owned_by_identity(self.model, self.optimizers)
-        self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
+        self._handle(loop_setup_faults(SetupView(self.model, ownership, self.optimizers)))
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._ask, self._scalers, self._schedulers)
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         if last is not None and not self._is_counted:
             self._tick = last.register_step_post_hook(lambda *_: self._stepped())
+        known = [found for found in map(hookable, self.optimizers.values()) if found is not None]
+        self._stray = StrayOptimizers(self.model, known, self._handle, self._watch.broken)
         self._watch.dive()
         self._started = time.perf_counter()
         return self
@@ -101,6 +104,7 @@ class Audit:
         if watch is None:
             return
         self._stop_counting()
+        self._stray.close()
         watch.undo()
         tell_broken(watch.broken)
         if error is None:
@@ -127,10 +131,16 @@ class Audit:
             return
         now = time.perf_counter()
         self._budget.done(self._step, now - self._started, was_deep=watch.is_deep)
-        watch.iterate()
+        try:
+            watch.iterate()
+        except FaultError:
+            raise
+        except Exception as error:  # our own bug must not end the loop
+            watch.broken.append(error)
         self._step += 1
         if self._step == FIRST_STEPS and self._budget.level == "standard":
             watch.first_window_over()
+            self._stray.close()
         if self._budget.wants(self._step):
             watch.dive()
         elif watch.is_deep:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.utils import clip_grad
 
 from safeloop.checks.events import Update
 from safeloop.checks.gradients.flow import NoGradient
 from safeloop.checks.graph.saved import SavedTensorChanged
 from safeloop.checks.graph.torch_errors import translate
 from safeloop.checks.source import at, user_frame
+from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.half import LossNotScaled
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -26,9 +30,46 @@ _REDUCTION = "Expected to have finished reduction in the prior iteration"
 def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[Fault]:
     """The faults that explain an error of torch's, most specific first; none where we cannot say more than torch."""
     message = str(error)
+    if isinstance(error, AssertionError):
+        return list(_scaler_without_loss(error, message))
     if not isinstance(error, RuntimeError):
         return []
-    return [*_stepped_between(error, message, model, watch), *_unreduced(message, watch), *_translated(error, model)]
+    return [
+        *_stepped_between(error, message, model, watch),
+        *_unreduced(message, watch),
+        *_nothing_to_clip(error),
+        *_translated(error, model),
+    ]
+
+
+def _scaler_without_loss(error: AssertionError, message: str) -> Iterator[Fault]:
+    """A gradient scaler that has never scaled a loss."""
+    found = user_frame(error.__traceback__)
+    where = "the scaler" if found is None else str(found[1])
+    if "_scale is None" in message:
+        yield LossNotScaled.fault(
+            "the GradScaler has never scaled a loss: `scaler.scale` was not called",
+            where=where,
+            why="backward() ran on the plain loss, and the scaler has no factor yet to divide its gradients by",
+            fix="scale every loss: `scaler.scale(loss).backward()`",
+        )
+
+
+def _nothing_to_clip(error: RuntimeError) -> Iterator[Fault]:
+    """`clip_grad_value_` without a gradient, which torch refuses with a check of its own insides."""
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    if not any(code.co_filename == clip_grad.__file__ and code.co_name == "clip_grad_value_" for code in frames):
+        return
+    if "nested_tensorlist[0].empty()" not in str(error):
+        return
+    found = user_frame(error.__traceback__)
+    yield ClipWithoutEffect.fault(
+        "`clip_grad_value_` found no gradient: none of the parameters that it was given has one",
+        where="the clip" if found is None else str(found[1]),
+        why="it runs before backward() has made gradients, after zero_grad() has thrown them away, or on another "
+        "network",
+        fix="clip between backward() and step(): backward, clip, step",
+    )
 
 
 def _translated(error: RuntimeError, model: nn.Module) -> Iterator[Fault]:

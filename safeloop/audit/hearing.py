@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch.nn.utils import clip_grad
 from safeloop.audit.journal import Journal, is_zero
 from safeloop.autograd.survey import Survey, leaves_below, survey
 from safeloop.autograd.tape import Call, Listener, Mark
-from safeloop.checks.events import Backward, Clip, Held
+from safeloop.checks.events import Backward, Clip, Held, Stranger
 
 _CLIPS = {"_clip_grads_with_norm_": "max_norm", "clip_grad_value_": "clip_value"}
+_NODES_OF_A_CALL = 4
 _CLAMPS = ("clamp", "clamp_", "_foreach_clamp_min_")
 _ZEROES = ("zero_", "_foreach_zero_")
 _WRITES = (
@@ -61,6 +62,7 @@ class Hearing:
             (self._zeroed, _ZEROES),
             (self._written, _WRITES),
             (self._clipped, _CLAMPS),
+            (self._found_nothing, ("tensor",)),
             (self._multiplied, _PRODUCTS),
         ):
             for name in names:
@@ -99,7 +101,9 @@ class Hearing:
             used_at={journal.names[key]: number for key, number in found.used_at.items() if key in journal.names},
         )
         self._surveyed(event, roots, found, call)
+        journal.state.strangers = list(_strangers(found, call, journal.names))
         journal.record(event)
+        journal.state.strangers = []
 
     def _look_at_held(self, names: Iterable[str]) -> None:
         """See whether `.grad` was emptied in a way that nobody has heard, such as a hook inside a backward pass."""
@@ -172,8 +176,27 @@ class Hearing:
         gradients = [self._journal.parameters[name].grad for name in names]
         is_known = any(h.passes or h.is_manual for h in held)
         are_zero = not is_known and all(is_zero(gradient) for gradient in gradients if gradient is not None)
-        event = Clip(call.site, self._journal.iteration, caller.f_code.co_name, limit, names, are_zero)
+        function = caller.f_code.co_name
+        if function == "_clip_grads_with_norm_":  # torch calls it for the user, mostly
+            function = "clip_grad_norm_"
+        event = Clip(call.site, self._journal.iteration, function, limit, names, are_zero)
         self._journal.record(event)
+
+    def _found_nothing(self, call: Call) -> None:
+        """`clip_grad_norm_` found no gradient at all: it then makes the norm 0 from nothing."""
+        frame = call.caller
+        while frame is not None and frame.f_code.co_filename == clip_grad.__file__:
+            if frame.f_code.co_name == "clip_grad_norm_" and "parameters" in frame.f_locals:
+                values = frame.f_locals
+                given = values["parameters"]
+                tensors = [given] if isinstance(given, Tensor) else list(given)
+                names = frozenset(self._journal.names[id(t)] for t in tensors if id(t) in self._journal.names)
+                limit = float(values.get("max_norm", float("inf")))
+                event = Clip(call.site, self._journal.iteration, "clip_grad_norm_", limit, names, is_empty=True)
+                if names or not tensors:
+                    self._journal.record(event)
+                return
+            frame = frame.f_back
 
     def _multiplied(self, call: Call) -> None:
         out, tape = call.out, call.tape
@@ -204,6 +227,18 @@ class Hearing:
 def _given(call: Call, place: int, name: str) -> Any:
     """An argument of `Tensor.backward` or `torch.autograd.backward`, which have the same order."""
     return call.args[place] if len(call.args) > place else call.kwargs.get(name)
+
+
+def _strangers(found: Survey, call: Call, names: Mapping[int, str]) -> Iterator[Stranger]:
+    """The leaves that a pass fills and that nobody has named, with the line that used each first."""
+    for key, leaf in found.leaves.items():
+        if key in names:
+            continue
+        low, high = found.used_at.get(key, (-1, -1))
+        # what one torch function makes in several nodes has an origin at its last one
+        origins = (call.tape.origins.get(number) for number in range(low, high + _NODES_OF_A_CALL))
+        origin = next(filter(None, origins), None) if low >= 0 else None
+        yield Stranger(leaf, None if origin is None else origin.site, high)
 
 
 def _is_hooked(leaf: Tensor) -> bool:

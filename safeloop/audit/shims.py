@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from torch.amp import GradScaler, grad_scaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from safeloop.checks.process import alive
 from safeloop.faults import FaultError
 
 
@@ -83,7 +83,8 @@ def _has_closure(args: Any, kwargs: Any) -> bool:
 
 
 @contextmanager
-def _guarded(broken: list[Exception]) -> Iterator[None]:
+def guarded(broken: list[Exception]) -> Iterator[None]:
+    """Our own bugs inside must not end the loop; faults may."""
     try:
         yield
     except FaultError:
@@ -122,7 +123,7 @@ class ScalerShim:
         self._scaler = scaler
 
         def tell(what: str, optimizer: Optimizer | None = None) -> None:
-            with _guarded(broken):
+            with guarded(broken):
                 told(what, optimizer, scaler)
 
         def step(plain: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +169,7 @@ def is_inside_scaler() -> bool:
 
 def find_scalers() -> list[GradScaler]:
     """Every gradient scaler of the process, for a loop that does not say which it uses."""
-    return _alive(GradScaler)
+    return alive(GradScaler)
 
 
 def find_schedulers(optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
@@ -178,7 +179,7 @@ def find_schedulers(optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     found = []
-    for thing in _alive(LRScheduler):
+    for thing in alive(LRScheduler):
         with suppress(AttributeError, TypeError):
             if any(id(p) in held for group in thing.optimizer.param_groups for p in group["params"]):
                 found.append(thing)
@@ -189,16 +190,6 @@ def find_schedulers(optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
 def position(scheduler: LRScheduler) -> tuple[Any, Any]:
     """What changes whenever a schedule is moved."""
     return getattr(scheduler, "_step_count", None), getattr(scheduler, "last_epoch", None)
-
-
-def _alive(kind: type) -> list[Any]:
-    """Every object of a class in the process.
-
-    Asks the real type alone: a proxy of somebody's may answer `isinstance` with an import or an error.
-    """
-    things = gc.get_objects()
-    kinds = {known for known in set(map(type, things)) if issubclass(known, kind)}
-    return [thing for thing in things if type(thing) in kinds] if kinds else []
 
 
 def autocast_depth() -> int:

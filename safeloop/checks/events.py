@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from safeloop.autograd.sites import Site
 
 
@@ -70,6 +72,8 @@ class Clip(Event):
     parameters: frozenset[str]
     are_zero: bool = False
     """whether every gradient was exactly zero"""
+    is_empty: bool = False
+    """whether there was no gradient at all; without parameters: whether it was given none"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +143,17 @@ class Held:
     """whether the user has written into it"""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stranger:
+    """A leaf that a backward pass fills: no parameter that the watch began with, and in no watched optimizer."""
+
+    tensor: Tensor
+    site: Site | None
+    """the user's line that used it first"""
+    last_use: int
+    """the highest sequence number of the nodes that use it directly"""
+
+
 @dataclass(slots=True)
 class LoopState:
     """What holds in a loop that is watched, kept up to date by the journal before a check sees an event."""
@@ -163,3 +178,5 @@ class LoopState:
     optimizers: Mapping[str, Any] = field(default_factory=dict)
     name_of: Mapping[int, str] = field(default_factory=dict)
     """id of a parameter -> its name"""
+    strangers: list[Stranger] = field(default_factory=list)
+    """of the backward pass that is being told, no longer: they may be large"""

@@ -34,7 +34,7 @@ FILES: dict[str, str] = {
     # SL2: parameters and ownership
     "SL201": "setup/ownership.py",  # UnownedParameter
     "SL202": "setup/ownership.py",  # ParameterOwnedTwice
-    "SL203": "setup/ownership.py",  # PatternMatchesNothing
+    "SL203": "setup/patterns.py",  # PatternMatchesNothing
     "SL204": "setup/optimizers.py",  # StaleOptimizer
     "SL205": "setup/optimizers.py",  # NothingToTrain
     "SL206": "setup/attributes.py",  # PlainTensorAttribute
@@ -45,6 +45,9 @@ FILES: dict[str, str] = {
     "SL211": "setup/copies.py",  # TiedByCopy (warning)
     "SL212": "setup/sharing.py",  # CopyIsTheOriginal (warning)
     "SL213": "setup/rates.py",  # LearningRatesFarApart (warning)
+    "SL214": "update/unowned.py",  # GradientsForNobody
+    "SL215": "update/strangers.py",  # LeafOfNobody
+    "SL216": "setup/rates.py",  # GroupRateZero (warning)
     # SL3: graph and mutation
     "SL301": "graph/torch_errors.py",  # LeafChangedInPlace
     "SL302": "graph/torch_errors.py",  # GraphUsedTwice
@@ -61,6 +64,7 @@ FILES: dict[str, str] = {
     "SL313": "graph/functions.py",  # CustomGradientWrong (warning)
     "SL314": "graph/detached.py",  # PathCutByData (warning)
     "SL315": "graph/leaves.py",  # GradientOfNonLeaf
+    "SL316": "graph/itself.py",  # CopyOfItself (warning)
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
@@ -146,6 +150,15 @@ FILES: dict[str, str] = {
     "SL650": "update/freezing.py",  # FrozenDuringTraining (warning)
     "SL651": "update/freezing.py",  # FrozenButMoving (warning)
     "SL652": "update/windows.py",  # TailWindow (warning)
+    "SL653": "update/half.py",  # LossNotScaled
+    "SL654": "update/empty_steps.py",  # ClosureDiscardsGradients
+    "SL655": "update/windows.py",  # TailDiscarded (warning)
+    "SL656": "update/half.py",  # HalfWithoutScaler (warning)
+    "SL657": "update/no_effect.py",  # StepChangesNothing (warning)
+    "SL658": "update/schedules.py",  # ScheduledTwice (warning)
+    "SL659": "update/schedules.py",  # ScheduleRunsOver (warning)
+    "SL660": "update/rebuilt.py",  # OptimizerBuiltAgain (warning)
+    "SL661": "update/rates.py",  # RateSetNowhere (warning)
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric

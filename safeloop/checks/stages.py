@@ -14,6 +14,7 @@ from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZer
 from safeloop.checks.gradients.history import History
 from safeloop.checks.gradients.magnitude import ExplodingGradient, VanishingGradient
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
+from safeloop.checks.graph.itself import CopyOfItself
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
 from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
@@ -21,9 +22,10 @@ from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttrib
 from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
-from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
-from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
-from safeloop.checks.setup.rates import LearningRatesFarApart
+from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
+from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParameter
+from safeloop.checks.setup.patterns import PatternMatchesNothing
+from safeloop.checks.setup.rates import GroupRateZero, LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
@@ -36,14 +38,20 @@ from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, Te
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
-from safeloop.checks.update.empty_steps import SteppedAgain, StepWithoutGradients
+from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
+from safeloop.checks.update.half import HalfWithoutScaler, LossNotScaled
+from safeloop.checks.update.no_effect import StepChangesNothing
+from safeloop.checks.update.rates import RateSetNowhere
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
+from safeloop.checks.update.schedules import ScheduledTwice, ScheduleRunsOver
 from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
 from safeloop.checks.update.skipped import EveryUpdateSkipped
 from safeloop.checks.update.steps import OptimizerNeverSteps, UpdatedWithoutPart
-from safeloop.checks.update.windows import TailWindow, UnevenMicroBatches
+from safeloop.checks.update.strangers import LeafOfNobody
+from safeloop.checks.update.unowned import GradientsForNobody
+from safeloop.checks.update.windows import TailDiscarded, TailWindow, UnevenMicroBatches
 from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed
 from safeloop.checks.views import GradientsView, SetupView, TermsView
 from safeloop.faults import Fault
@@ -84,6 +92,21 @@ def setup_faults(view: SetupView) -> list[Fault]:
     the modules; the methods' bytecode is read only where something was found.
     """
     return _errors_first(fault for check in _SETUP for fault in check.find(view))
+
+
+def loop_setup_faults(view: SetupView) -> list[Fault]:
+    """The same for a loop that is not ours, where an owner is missed only once a gradient comes (`GradientsForNobody`).
+
+    What looks like an optimizer over a copy of the model is told at once.
+    """
+    faults = setup_faults(view)
+    told = [fault for fault in faults if fault.code not in (UnownedParameter.code, StaleOptimizer.code)]
+    if not is_stale(view):
+        return told
+    unowned = view.ownership.unowned
+    trainable = sum(parameter.requires_grad for parameter in view.model.parameters())
+    stale = [fault for fault in faults if fault.code == StaleOptimizer.code]
+    return [*stale, UnownedParameter.in_a_loop(unowned, trainable, list(view.optimizers)), *told]
 
 
 def term_faults(view: TermsView) -> list[Fault]:
@@ -128,7 +151,12 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
 
 def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
     """The same for a loop that is not ours, which evaluates by itself."""
-    return [*trainer_call_checks(model, frozen), DropoutInEvaluation(), StatisticsFromValidation()]
+    return [*trainer_call_checks(model, frozen), DropoutInEvaluation(), StatisticsFromValidation(), *_both(model)]
+
+
+def _both(model: nn.Module) -> list[CallCheck]:
+    """Those of them that look at events too, or that a Trainer has no need of."""
+    return [LeafOfNobody(model), HalfWithoutScaler(), StepChangesNothing(), CopyOfItself(model)]
 
 
 def event_checks(model: nn.Module) -> list[EventCheck]:
@@ -143,6 +171,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ClosureKeepsGradients(),
         OptimizerNeverSteps(),
         UpdatedWithoutPart(),
+        GradientsForNobody(model),
         FrozenButMoving(),
         FrozenDuringTraining(),
         ClippedWhileScaled(),
@@ -155,6 +184,13 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         LearningRateZero(),
         UnevenMicroBatches(),
         TailWindow(),
+        TailDiscarded(),
+        LossNotScaled(),
+        GroupRateZero(),
+        ClosureDiscardsGradients(),
+        RateSetNowhere(),
+        ScheduledTwice(),
+        ScheduleRunsOver(),
         LeftInEvalMode(model),
     ]
 

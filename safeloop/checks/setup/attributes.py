@@ -82,6 +82,9 @@ class PlainTensorAttribute(Check):
         held = {tensor: owner for owner, tensors in view.ownership.foreign.items() for tensor in tensors}
         found = [a for a in leaf_attributes(view.model) if a.tensor not in registered]
         uses = attribute_uses(view.model) if found else None
+        for buffer in buffer_attributes(view.model):
+            if buffer.tensor.is_leaf and buffer.tensor.requires_grad and buffer.tensor not in registered:
+                yield cls._buffer(buffer, held.get(buffer.tensor))
         for attribute in found:
             if uses is None or attribute.attribute in uses.renewed:
                 continue
@@ -99,6 +102,19 @@ class PlainTensorAttribute(Check):
             why=f"{fate} `state_dict()` does not save it and `.to()` does not move it",
             fix=f"write `self.{found.attribute} = nn.Parameter(...)`, nn.ParameterList or nn.ParameterDict for "
             "several; drop `requires_grad` if it is a constant",
+            severity="warning" if owner else "error",
+            names=(found.path,),
+        )
+
+    @classmethod
+    def _buffer(cls, found: Attribute, owner: str | None) -> Fault:
+        return cls.fault(
+            f"buffer `{found.path}` {list(found.tensor.shape)} requires grad: `parameters()` does not list it",
+            where=f"buffer `{found.path}` of {type(found.module).__name__}",
+            why="a buffer is saved and moved, but "
+            + (f"only optimizer `{owner}` knows it" if owner else "no optimizer updates it: it keeps its first value"),
+            fix=f"write `self.{found.attribute} = nn.Parameter(...)`; where it is a constant, register it without "
+            "`requires_grad`",
             severity="warning" if owner else "error",
             names=(found.path,),
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from torch import Size, Tensor
+from torch import Tensor
 
 from safeloop.checks.check import Check
 from safeloop.checks.setup.ownership import owners_of
@@ -74,20 +74,31 @@ class StaleOptimizer(Check):
 
     @classmethod
     def _fault(cls, view: SetupView, owner: str, strangers: list[Tensor]) -> Fault:
-        unowned = view.ownership.unowned
         own = sum(
             owner in (first, *view.ownership.duplicated.get(n, ())) for n, first in view.ownership.owner_of.items()
         )
+        return cls.of(owner, strangers, own, view.ownership.unowned, has_same_shapes=_has_same_shapes(view, strangers))
+
+    @classmethod
+    def of(
+        cls, owner: str, strangers: Sequence[Tensor], own: int, unowned: Sequence[str], *, has_same_shapes: bool
+    ) -> Fault:
+        """The fault of an optimizer that holds `strangers`, beside `own` parameters, while `unowned` have none."""
+        one = len(strangers) == 1
         missing = (
-            f"; {counted(len(unowned), 'parameter')} of the model are in no optimizer: {listed(unowned)}"
-            if unowned
-            else ""
+            f"; {counted(len(unowned), 'parameter')} of the model {'is' if len(unowned) == 1 else 'are'} in no "
+            f"optimizer: {listed(unowned)}"
         )
         return cls.fault(
-            f"optimizer `{owner}` holds {counted(len(strangers), 'tensor')} that are no parameter of the model"
-            + (", and none that is" if own == 0 else f", beside {counted(own, 'parameter')} that are")
-            + missing
-            + ("; the shapes are the same: a stale copy" if _has_same_shapes(view, strangers) else ""),
+            f"optimizer `{owner}` holds {counted(len(strangers), 'tensor')} that {'is' if one else 'are'} no parameter "
+            "of the model"
+            + (
+                f", beside {counted(own, 'parameter')} that {'is' if own == 1 else 'are'}"
+                if own
+                else ", and none that is"
+            )
+            + (missing if unowned else "")
+            + ("; the shapes are the same: a stale copy" if has_same_shapes else ""),
             where=f"optimizer `{owner}`",
             why="the model was copied, or a layer replaced, after the optimizer was built"
             if unowned
@@ -168,7 +179,17 @@ class NothingToTrain(Check):
                 )
 
 
-def _has_same_shapes(view: SetupView, strangers: list[Tensor]) -> bool:
+def _has_same_shapes(view: SetupView, strangers: Sequence[Tensor]) -> bool:
     parameters = dict(view.model.named_parameters())
-    shapes: Counter[Size] = Counter(parameters[name].shape for name in view.ownership.unowned if name in parameters)
-    return bool(shapes) and shapes == Counter(tensor.shape for tensor in strangers)
+    return are_copies([parameters[name] for name in view.ownership.unowned if name in parameters], strangers)
+
+
+def are_copies(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether there are any, and both have the same shapes."""
+    shapes = Counter(tensor.shape for tensor in tensors)
+    return bool(shapes) and shapes == Counter(tensor.shape for tensor in others)
+
+
+def is_stale(view: SetupView) -> bool:
+    """Whether some optimizer holds what looks like a copy of parameters that are in none."""
+    return any(_has_same_shapes(view, tensors) for tensors in view.ownership.foreign.values())

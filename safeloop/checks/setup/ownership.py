@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
 from safeloop.checks.check import Check
 from safeloop.checks.views import Ownership, SetupView
-from safeloop.checks.wording import counted, listed, suggestion
+from safeloop.checks.wording import counted, listed
 from safeloop.faults import Fault
 
 
@@ -16,7 +16,9 @@ class UnownedParameter(Check):
     """A trainable parameter belongs to no optimizer and is not declared frozen.
 
     ## What it does
-    Compares the model's parameters that require grad with what the optimizers own, by name, before the first step.
+    Compares the model's parameters that require grad with what the optimizers own, by name, before the first step. In
+    a loop that is not ours it waits until such a parameter gets a gradient: a target network that is only ever run
+    under no_grad is left out, and so is what another optimizer of the process holds.
 
     ## Why it is bad
     The parameter gets gradients and keeps its initial value for ever. The loss still goes down, through the others.
@@ -66,6 +68,17 @@ class UnownedParameter(Check):
                 "hand them to the ready optimizer, or list them under `frozen:`",
                 names=unowned,
             )
+
+    @classmethod
+    def in_a_loop(cls, names: Sequence[str], trainable: int, owners: Sequence[str]) -> Fault:
+        """The fault of a loop that is not ours, in which these have got gradients."""
+        return cls.fault(
+            f"{len(names)} of {counted(trainable, 'trainable parameter')} in no optimizer: {listed(names)}",
+            where=f"optimizers: {listed(owners)}",
+            why="they get gradients, but nothing ever updates them",
+            fix="hand them to an optimizer, or freeze them by `requires_grad_(False)`",
+            names=names,
+        )
 
 
 class ParameterOwnedTwice(Check):
@@ -123,72 +136,32 @@ class ParameterOwnedTwice(Check):
         for name, owners in view.ownership.duplicated.items():
             shared.setdefault(owners, []).append(name)
         for owners, names in shared.items():
-            paths = " and ".join(f"`optimizers.{owner}.params`" for owner in owners)
             unowned = view.ownership.unowned
             rest = f"; {listed(unowned)}: in no optimizer at all" if unowned else ""
+            if len(set(owners)) == 1:
+                yield cls._twice_in_one(owners[0], names, rest)
+                continue
+            paths = " and ".join(f"`optimizers.{owner}.params`" for owner in dict.fromkeys(owners))
+            has = "has" if len(names) == 1 else "have"
             yield cls.fault(
-                f"{counted(len(names), 'parameter')} have {len(owners)} optimizers: {listed(names)}{rest}",
+                f"{counted(len(names), 'parameter')} {has} {len(owners)} optimizers: {listed(names)}{rest}",
                 where=f"optimizers {' and '.join(f'`{owner}`' for owner in owners)}",
                 why="each of them would move these parameters, so that they take several steps where one is meant",
                 fix=f"make {paths} disjoint, write `rest` for one, or hand them to one ready optimizer only",
                 names=names,
             )
 
-
-class PatternMatchesNothing(Check):
-    """A pattern over parameter names matches no parameter.
-
-    ## What it does
-    Compares each pattern of `optimizers.NAME.params` and `frozen` with the model's full parameter names, tied names
-    included. `*` stands for any characters, dots too.
-
-    ## Why it is bad
-    The pattern is misspelled or the model has changed: what it was meant for has another owner, or none.
-
-    ## Bad
-    ```python
-    class Run(sl.Trainer):
-        def loss(self, batch):
-            return self.model(batch).square().mean()
-
-    optimizers = {"type": "SGD", "lr": 0.1}
-    run = {"max_steps": 1}
-    Run(model=nn.Linear(4, 1), data=[torch.randn(8, 4)], optimizers=optimizers, frozen=["bais"], run=run).fit()
-    ```
-    ## Good
-    ```python
-    class Run(sl.Trainer):
-        def loss(self, batch):
-            return self.model(batch).square().mean()
-
-    optimizers = {"type": "SGD", "lr": 0.1}
-    run = {"max_steps": 1}
-    Run(model=nn.Linear(4, 1), data=[torch.randn(8, 4)], optimizers=optimizers, frozen=["bias"], run=run).fit()
-    ```
-    ## Fix
-    Correct the pattern, or take it out. The printed plan lists every name.
-
-    ## Source
-    Python's `fnmatch.fnmatchcase`; safeloop's own rule.
-    """
-
-    code = "SL203"
-    title = "pattern matches no parameter"
-
     @classmethod
-    def find(cls, view: SetupView) -> Iterator[Fault]:
-        """One fault for each pattern."""
-        known = [name for name, _ in view.model.named_parameters(remove_duplicate=False)]
-        for path, patterns in view.ownership.unmatched.items():
-            for pattern in patterns:
-                yield cls.fault(
-                    f"pattern `{pattern}` matches none of {counted(len(known), 'parameter name')}"
-                    + (suggestion(pattern, known) or suggestion(pattern.rstrip(".*"), _prefixes(known))),
-                    where=f"`{path}`",
-                    why="patterns are compared with full parameter names, such as " + listed(known, 3) if known else "",
-                    fix=f"correct `{pattern}` in `{path}`, or take it out",
-                    names=(pattern,),
-                )
+    def _twice_in_one(cls, owner: str, names: Sequence[str], rest: str) -> Fault:
+        return cls.fault(
+            f"{counted(len(names), 'parameter')} of optimizer `{owner}`, listed there more than once: "
+            f"{listed(names)}{rest}",
+            where=f"optimizer `{owner}`",
+            why="it steps each of them as often as it is listed, where one step is meant; often another module was "
+            "meant in one of the places",
+            fix="list each parameter once, and the other module where it was meant",
+            names=names,
+        )
 
 
 class ParameterAppearedLate(Check):
@@ -281,12 +254,6 @@ def owners_of(ownership: Ownership) -> list[str]:
 def _paths(ownership: Ownership) -> str:
     owners = dict.fromkeys([*owners_of(ownership), *ownership.empty])
     return " or ".join(f"`optimizers.{owner}.params`" for owner in owners) or "`optimizers.main.params`"
-
-
-def _prefixes(names: list[str]) -> list[str]:
-    return list(
-        dict.fromkeys(".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1))
-    )
 
 
 def _creators(model: nn.Module, names: list[str]) -> str:

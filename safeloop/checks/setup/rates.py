@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +11,8 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from safeloop.checks.check import Check
+from safeloop.checks.check import Check, EventCheck
+from safeloop.checks.events import Event, LoopState, Update
 from safeloop.checks.views import SetupView
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
@@ -22,6 +24,8 @@ _NEW_HEAD = 1e5
 _RUNG = 1e3
 """a ladder of rates (a decay per layer) has smaller steps, however long it is"""
 _ROUNDING = 1 + 1e-9
+_ENOUGH = 10
+"""steps after which a rate of zero is no warm-up any more"""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,93 @@ class LearningRatesFarApart(Check):
         )
 
 
+class GroupRateZero(EventCheck):
+    """One parameter group has a learning rate of exactly zero, beside others that train.
+
+    ## What it does
+    In a Trainer, looks at the groups of ready optimizers before the first step. In a loop that is not ours, speaks when
+    the watch ends and a group has had the rate 0 at each of 10 steps or more, while another group of the same optimizer
+    had one.
+
+    ## Why it is bad
+    The group gets gradients and never moves. A rate that was computed, `lr * (batch // 256)`, comes out as 0 without an
+    error. Who means to freeze parameters does it by `requires_grad_(False)`, which saves their gradients too.
+
+    ## Bad
+    ```python
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.1 * (8 // 256)}]
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.1 * (8 / 256)}]
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            audit.step()
+    ```
+    ## Fix
+    Correct the rate; freeze the parameters by `requires_grad_(False)` where they are not to train.
+
+    ## Source
+    safeloop's own rule.
+    """
+
+    code = "SL216"
+    title = "learning rate of a group is zero"
+    severity = "warning"
+
+    def __init__(self) -> None:
+        self._steps: Counter[str] = Counter()
+        self._positive: dict[str, set[int]] = {}
+
+    @classmethod
+    def find(cls, view: SetupView) -> Iterator[Fault]:
+        """One fault for each group, before the first step."""
+        names = {id(parameter): name for name, parameter in view.model.named_parameters()}
+        for owner, optimizer in view.optimizers.items():
+            positive = {i for i, group in enumerate(optimizer.param_groups) if _rate(group) != 0}
+            yield from cls._faults(owner, optimizer, positive, names)
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """Only counts."""
+        if isinstance(event, Update) and not event.was_skipped:
+            self._steps[event.owner] += 1
+            positive = self._positive.setdefault(event.owner, set())
+            positive.update(index for index, rate in enumerate(event.rates) if rate)
+        return iter(())
+
+    def close(self, state: LoopState) -> Iterator[Fault]:
+        """Where a group had no rate at any step."""
+        for owner, times in self._steps.items():
+            if times >= _ENOUGH:
+                yield from self._faults(owner, state.optimizers[owner], self._positive[owner], state.name_of)
+
+    @classmethod
+    def _faults(cls, owner: str, optimizer: Optimizer, positive: set[int], names: Mapping[int, str]) -> Iterator[Fault]:
+        for index, group in enumerate(optimizer.param_groups):
+            training = [names.get(id(p), f"{owner}[{index}]") for p in group["params"] if p.requires_grad]
+            if positive and index not in positive and training and "lr" in group:
+                yield cls.fault(
+                    f"group {index} of optimizer `{owner}` has the learning rate (lr) 0: {listed(training)}",
+                    where=f"group {index} of optimizer `{owner}`",
+                    why="they get gradients and never move; an integer division or a factor of 0 looks like this",
+                    fix="correct the rate, or freeze them by `requires_grad_(False)` where they are not to train",
+                    names=training,
+                )
+
+
 def _groups(view: SetupView) -> Iterator[_Group]:
     names = {parameter: name for name, parameter in view.model.named_parameters()}
     order = {name: index for index, name in enumerate(names.values())}
@@ -139,10 +230,12 @@ def _far_apart(groups: list[_Group]) -> tuple[_Group, _Group] | None:
     gaps = [(high.rate / low.rate, low, high) for low, high in pairwise(ladder)]
     if not gaps:
         return None
+    whole = ladder[-1].rate / ladder[0].rate
+    if len(ladder) > 2 and whole * _ROUNDING >= _APART and all(_is_later(low, high) for _, low, high in gaps):
+        return ladder[0], ladder[-1]  # a decay per layer the wrong way round: the later, the slower
     gap, low, high = max(gaps, key=lambda found: found[0])
     if _is_later(high, low):
         return (low, high) if gap * _ROUNDING >= _NEW_HEAD else None
-    whole = ladder[-1].rate / ladder[0].rate
     return (low, high) if gap * _ROUNDING >= _RUNG and whole * _ROUNDING >= _APART else None
 
 

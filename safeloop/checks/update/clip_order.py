@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Clip, Event, LoopState
+from safeloop.checks.events import Backward, Clip, Event, LoopState, Update
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
@@ -62,28 +62,55 @@ class ClipWithoutEffect(EventCheck):
 
     def __init__(self) -> None:
         self._times = 0
+        self._given_none = 0
+        self._early: Clip | None = None
+        self._is_early = False
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the second clip that finds only gradients which a step has used already, or none."""
-        if not isinstance(event, Clip) or event.limit > _MEASURES or not state.is_known:
-            return
+        if isinstance(event, Clip) and event.limit <= _MEASURES and state.is_known:
+            yield from self._clipped(event, state)
+        elif isinstance(event, Backward) and self._early is not None:
+            self._is_early = not event.reached.isdisjoint(self._early.parameters)
+        elif isinstance(event, Update) and self._early is not None and self._is_early:
+            early = sorted(self._early.parameters & state.owners[event.owner])
+            if early:
+                yield from self._count(self._early, early, is_late=False)
+                self._early, self._is_early = None, False
+
+    def _clipped(self, event: Clip, state: LoopState) -> Iterator[Fault]:
+        self._early, self._is_early = (event if event.is_empty and event.parameters else None), False
+        if event.is_empty and not event.parameters:
+            yield from self._nothing(event)
         held = {name: state.held[name] for name in event.parameters & state.held.keys()}
-        if not held or any(h.is_manual or len(h.passes) > h.used for h in held.values()):
+        if event.is_empty or not held or any(h.is_manual or len(h.passes) > h.used for h in held.values()):
             return
         is_late = any(h.used for h in held.values())
-        if not is_late and not event.are_zero:
-            return
+        if is_late or event.are_zero:
+            yield from self._count(event, sorted(held), is_late=is_late)
+
+    def _count(self, event: Clip, names: list[str], *, is_late: bool) -> Iterator[Fault]:
         self._times += 1
         if self._times != 2:
             return
         yield self.fault(
-            f"`{event.function.strip('_')}` ran "
+            f"`{event.function}` ran "
             + ("after the step had used the gradients" if is_late else "before a backward pass had made gradients")
-            + f" of {listed(sorted(held))}",
+            + f" of {listed(names)}",
             where=at(event.site, "the clip"),
             why="nothing uses what it clips: the step before it took the gradients as they were"
             if is_late
             else "there is nothing to clip yet; the backward pass after it adds unclipped gradients",
-            fix="clip between backward() and step(): backward, clip, step",
-            names=sorted(held),
+            fix="clip between backward() and step(), and the parameters that are stepped: backward, clip, step",
+            names=names,
         )
+
+    def _nothing(self, event: Clip) -> Iterator[Fault]:
+        self._given_none += 1
+        if self._given_none == 2:
+            yield self.fault(
+                f"`{event.function}` was given no parameter at all, so that nothing is clipped",
+                where=at(event.site, "the clip"),
+                why="`model.parameters()` is a generator: once an optimizer or a loop has gone through it, it is empty",
+                fix="call `model.parameters()` again where you clip, or keep a list: `list(model.parameters())`",
+            )

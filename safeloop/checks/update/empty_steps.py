@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
+from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update, Zero
 from safeloop.checks.source import at
 from safeloop.checks.wording import counted, listed
 from safeloop.faults import Fault
@@ -132,6 +132,89 @@ def _cause(event: Update, state: LoopState) -> tuple[str, str, str] | None:
         "step() stands before backward(): by the next step zero_grad() has thrown those gradients away",
         "call backward() before step(): zero_grad, backward, step",
     )
+
+
+class ClosureDiscardsGradients(EventCheck):
+    """The closure of a step zeroes the gradients after its backward pass, so that the step finds none.
+
+    ## What it does
+    Looks whether the last thing that happens to gradients inside a step with a closure is that they are zeroed, and
+    speaks at the second such step.
+
+    ## Why it is bad
+    `optimizer.step(closure)` reads `.grad` when the closure has returned. LBFGS takes a gradient of zeros for a minimum
+    and stops: the loss stays where it is, without an error.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x, y = torch.randn(16, 4), torch.randn(16, 1)
+
+    def closure():
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.zero_grad()
+        return loss
+
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(3):
+            optimizer.step(closure)
+            audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x, y = torch.randn(16, 4), torch.randn(16, 1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(3):
+            optimizer.step(closure)
+            audit.step()
+    ```
+    ## Fix
+    Begin the closure with `optimizer.zero_grad()`, and end it with backward().
+
+    ## Source
+    Documentation of `Optimizer.step(closure)`.
+    """
+
+    code = "SL654"
+    title = "closure discards its gradients"
+
+    def __init__(self) -> None:
+        self._last: dict[str, Event] = {}
+        self._times: Counter[str] = Counter()
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """At the next step, or the end of the iteration, after a second closure that ended so."""
+        if state.inside:
+            if isinstance(event, (Backward, Zero)):
+                self._last[state.inside] = event
+            return
+        if isinstance(event, (Update, Iteration)):
+            for owner, last in self._last.items():
+                if isinstance(last, Zero) and state.owners[owner] <= last.parameters:
+                    self._times[owner] += 1
+                    if self._times[owner] == 2:
+                        yield self._fault(owner, last)
+            self._last.clear()
+
+    def _fault(self, owner: str, last: Event) -> Fault:
+        return self.fault(
+            f"the closure of `{owner}` calls zero_grad after backward: the step finds no gradient",
+            where=at(last.site, f"closure of `{owner}`"),
+            why="step(closure) reads `.grad` when the closure has returned; LBFGS takes zeros for a minimum and stops",
+            fix="begin the closure with zero_grad(), and end it with backward()",
+            names=(owner,),
+        )
 
 
 class SteppedAgain(EventCheck):

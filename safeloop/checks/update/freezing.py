@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Backward, Event, LoopState, Update
+from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
 from safeloop.checks.source import at
 from safeloop.checks.update.steps import moves_without_gradient
 from safeloop.checks.wording import listed
@@ -108,6 +108,7 @@ class FrozenDuringTraining(EventCheck):
     ## What it does
     Notes which parameters had gradients in some steps and do not require grad in later ones. Speaks when the watch ends
     with parameters that were frozen for the last 3 steps or more, and never restored before: an alternation is well.
+    Who sets the gradients of just these to None has frozen them on purpose, and is left alone.
 
     ## Why it is bad
     Something set `requires_grad` to False during training, a probe or a phase of alternating training, and did not
@@ -156,6 +157,7 @@ class FrozenDuringTraining(EventCheck):
         self._trained: set[str] = set()
         self._alternates: set[str] = set()
         self._were_frozen: set[str] = set()
+        self._meant: set[str] = set()
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """Only notes."""
@@ -171,11 +173,15 @@ class FrozenDuringTraining(EventCheck):
             self._were_frozen |= event.frozen
         elif isinstance(event, Backward):
             self._alternates |= event.reached & self._since.keys()  # frozen for the step alone
+        elif isinstance(event, Zero) and event.parameters <= self._trained and not _trainable(event.parameters, state):
+            self._meant |= event.parameters  # who clears the gradients of what is frozen knows that it stays so
         return iter(())
 
     def close(self, state: LoopState) -> Iterator[Fault]:
         """Where the watch ends with parameters that were frozen for at least 3 steps."""
-        names = sorted(name for name, times in self._since.items() if times >= 3 and name not in self._alternates)
+        names = sorted(
+            name for name, times in self._since.items() if times >= 3 and name not in self._alternates | self._meant
+        )
         if not names:
             return
         yield self.fault(
@@ -188,3 +194,8 @@ class FrozenDuringTraining(EventCheck):
             "frozen on purpose",
             names=names,
         )
+
+
+def _trainable(names: frozenset[str], state: LoopState) -> bool:
+    groups = (group for optimizer in state.optimizers.values() for group in optimizer.param_groups)
+    return any(p.requires_grad for group in groups for p in group["params"] if state.name_of.get(id(p)) in names)

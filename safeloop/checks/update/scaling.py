@@ -86,7 +86,8 @@ class ClippedWhileScaled(EventCheck):
             where=at(event.site, "the clip"),
             why="the limit is compared with gradients that are thousands of times too large: nearly everything is "
             "clipped, the more the larger the scale",
-            fix=f"call `scaler.unscale_({owner})` before the clip; scaler.step() then leaves them as they are",
+            fix=f"call `scaler.unscale_(...)` with the optimizer (`{owner}`) before the clip; scaler.step() then "
+            "leaves them as they are",
             names=names,
         )
 

@@ -262,11 +262,18 @@ class LearningRateZero(EventCheck):
             return
         self._told.add(owner)
         first = self._since[owner]
+        fell = owner in self._was_positive
         yield self.fault(
             f"every learning rate (lr) of `{owner}` is exactly 0 since iteration {first.iteration}",
             where=at(first.site, f"step of `{owner}`"),
             why="a schedule has taken it to zero (a gamma of 0, a decay that is over, a step per batch where one per "
-            "epoch was meant), and nothing trains any more",
-            fix="correct the schedule, or end the run where it ends",
+            "epoch was meant), and nothing trains any more"
+            if fell
+            else "it was never anything else: an integer division, the state of a run that was over, or a warm-up from "
+            "0 whose scheduler is never stepped; nothing trains",
+            fix="correct the schedule, or end the run where it ends"
+            if fell
+            else "print `optimizer.param_groups[0]['lr']` before the loop and find out who sets it; call the "
+            "scheduler's step() after each step",
             names=(owner,),
         )

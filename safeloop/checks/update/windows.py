@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Backward, Event, LoopState, Update
+from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
 from safeloop.checks.source import at
 from safeloop.faults import Fault
 
@@ -15,13 +15,18 @@ _UNEVEN = 1.5
 """Micro-batches whose sizes differ by less than this factor are not worth a word."""
 
 
-def _window(event: Update, state: LoopState) -> list[Backward]:
-    """The backward passes that a step uses, oldest first."""
-    held = [state.held[name] for name in state.owners[event.owner] & state.held.keys()]
+def window_of(owner: str, state: LoopState) -> list[Backward]:
+    """The backward passes that a step would use now, oldest first."""
+    held = [state.held[name] for name in state.owners[owner] & state.held.keys()]
     if any(h.is_manual for h in held):
         return []
     passes = {b.number: b for h in held for b in h.passes[h.used :]}
     return [passes[number] for number in sorted(passes)]
+
+
+def is_tail(left: Sequence[Backward], full: Sequence[Backward]) -> bool:
+    """Whether micro-batches that are left are the beginning of another window like `full`."""
+    return 0 < len(left) < len(full) and len({p.site for p in (*full, *left)}) == 1
 
 
 class UnevenMicroBatches(EventCheck):
@@ -81,7 +86,7 @@ class UnevenMicroBatches(EventCheck):
         """At the second window in a row of means over numbers of values that differ by half or more."""
         if not isinstance(event, Update) or event.has_closure or not state.is_known:
             return
-        passes = _window(event, state)
+        passes = window_of(event.owner, state)
         counts = _counts(passes)
         if counts is None or max(counts) < _UNEVEN * min(counts):
             self._times[event.owner] = 0  # the last, shorter micro-batch of an epoch is not worth a word
@@ -169,7 +174,7 @@ class TailWindow(EventCheck):
         """At the first window that has fewer micro-batches than the number that each loss is divided by."""
         if self._was_told or not isinstance(event, Update) or event.has_closure or not state.is_known:
             return
-        passes = _window(event, state)
+        passes = window_of(event.owner, state)
         if not passes or len({p.factor for p in passes}) > 1 or len({p.site for p in passes}) > 1:
             return
         factor = passes[0].factor
@@ -178,14 +183,100 @@ class TailWindow(EventCheck):
         length = round(1 / factor)
         if len(passes) == length and abs(factor * length - 1) < 1e-9:
             self._full[event.owner] = length
-        if self._full.get(event.owner) != length or len(passes) >= length:
+        if self._full.get(event.owner) != length or len(passes) == length:
             return
         self._was_told = True
+        ratio = length / len(passes)
+        is_short = ratio > 1
         yield self.fault(
             f"this step of `{event.owner}` has {len(passes)} micro-batches, and each loss is divided by {length}",
             where=f"{at(event.site, 'the step')}; the loss: {at(passes[-1].site, 'unknown')}",
-            why=f"the last window of an epoch is shorter: its gradient comes out {length / len(passes):.3g} times too "
-            "small",
-            fix="divide by the number of micro-batches that the window really has",
+            why=f"the last window of an epoch is shorter: its gradient comes out {ratio:.3g} times too small"
+            if is_short
+            else "the micro-batches that an epoch had left were neither stepped on nor zeroed: they count in the first "
+            f"window of the next epoch, whose gradient comes out {1 / ratio:.3g} times too large",
+            fix="divide by the number of micro-batches that the window really has"
+            if is_short
+            else "step on the last, shorter window of an epoch too, divided by its own length",
             names=(event.owner,),
         )
+
+
+class TailDiscarded(EventCheck):
+    """The micro-batches that are left at the end of an epoch are zeroed before the next one.
+
+    ## What it does
+    Compares the windows of micro-batches that steps use with those that zero_grad throws away. Speaks at the second
+    time that a shorter window, of backward passes on the same line, was zeroed without a step.
+
+    ## Why it is bad
+    With 10 micro-batches and a step after every fourth, the last two of each epoch never count. Where the order of the
+    data is fixed, the same samples are never trained on.
+
+    ## Bad
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for epoch in range(3):
+            optimizer.zero_grad()
+            for i in range(10):
+                (F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)) / 4).backward()
+                if (i + 1) % 4 == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    audit.step()
+    ```
+    ## Good
+    ```python
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for epoch in range(3):
+            optimizer.zero_grad()
+            for i in range(10):
+                length = 4 if i < 8 else 2
+                (F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)) / length).backward()
+                if (i + 1) % 4 == 0 or i == 9:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    audit.step()
+    ```
+    ## Fix
+    Step on the last window of an epoch too, and divide its losses by the number of micro-batches that it has.
+
+    ## Source
+    https://github.com/jingyaogong/minimind/issues/749.
+    """
+
+    code = "SL655"
+    title = "last micro-batches discarded"
+    severity = "warning"
+
+    def __init__(self) -> None:
+        self._window: dict[str, list[Backward]] = {}
+        self._times: Counter[str] = Counter()
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """At the second shorter window that is zeroed."""
+        if not state.is_known or state.inside:
+            return
+        if isinstance(event, Update) and not event.has_closure:
+            self._window[event.owner] = window_of(event.owner, state)
+        if not isinstance(event, Zero):
+            return
+        for owner in dict.fromkeys(state.owner_of[name] for name in event.parameters & state.owner_of.keys()):
+            full, left = self._window.get(owner, []), window_of(owner, state)
+            if not is_tail(left, full):
+                continue
+            self._times[owner] += 1
+            if self._times[owner] == 2:
+                yield self.fault(
+                    f"zero_grad threw away the last {len(left)} micro-batches before `{owner}` had stepped on them; "
+                    f"its other windows have {len(full)}",
+                    where=f"{at(event.site, 'zero_grad')}; the micro-batches: {at(left[-1].site, 'a backward pass')}",
+                    why="the number of batches of an epoch is no multiple of the window: what is left at its end never "
+                    "counts",
+                    fix="step on the last, shorter window of an epoch too, with its losses divided by its own length",
+                    names=(owner,),
+                )

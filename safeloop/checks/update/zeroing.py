@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from safeloop.checks.check import EventCheck
 from safeloop.checks.events import Backward, Clip, Event, GradientUse, LoopState, Update, Zero
 from safeloop.checks.source import at
+from safeloop.checks.update.windows import is_tail, window_of
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -136,10 +137,12 @@ class GradientsDiscarded(EventCheck):
         self._last: dict[str, int] = {}
         self._told: set[str] = set()
         self._pending: tuple[frozenset[str], Fault] | None = None
+        self._windows: dict[str, list[Backward]] = {}
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the third time that zeroing throws away gradients which nobody has stepped on or read."""
         if isinstance(event, Update):
+            self._windows[event.owner] = window_of(event.owner, state)
             yield from self._settle(event, state)
         if not isinstance(event, Zero) or state.inside or not state.is_known:
             return
@@ -147,6 +150,8 @@ class GradientsDiscarded(EventCheck):
         if not lost:
             return
         passes = sorted({b.number: b for unused in lost.values() for b in unused}.values(), key=lambda b: b.number)
+        if any(is_tail(passes, self._windows.get(owner, ())) for owner in {state.owner_of[name] for name in lost}):
+            return  # what an epoch has left: that is another fault
         key = str(event.site)
         if passes[-1].number <= self._last.get(key, -1):
             return
