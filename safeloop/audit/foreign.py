@@ -275,7 +275,7 @@ class LoopWatch:
             if now != before:
                 self._schedulers[key] = (scheduler, now)
                 self._moves[key] += 1
-                if not self.is_deep and self._moves[key] > REPEATS:
+                if not self.is_deep and self._moves[key] > REPEATS and self._moves[key] % REPEATS:
                     continue
                 optimizer = scheduler.optimizer
                 owner = self.journal.owner_of(optimizer) or ""

@@ -17,7 +17,10 @@ from safeloop.checks.events import Update
 REPEATS = 10
 """Equal events in a row that are told on plain iterations; no check needs more of them."""
 
-_Signature = list[tuple[bool, list[tuple[bool, bool]]]]
+_TINY = 1e-10
+"""a learning rate below which nothing moves"""
+
+_Signature = list[tuple[int, list[tuple[bool, bool]]]]
 
 
 class Updates:
@@ -84,10 +87,11 @@ def is_bad(parameter: Any) -> bool:
 
 
 def _signature(optimizer: Optimizer) -> _Signature:
-    """Of each group whether it moves at all, of each parameter whether it is frozen and has a gradient."""
+    """Of each group whether its rate is zero or tiny, of each parameter whether it is frozen and has a gradient."""
     found = []
     for group in optimizer.param_groups:
         rate = group.get("lr", 1.0)
-        moves = isinstance(rate, Tensor) or rate != 0  # a tensor may lie on a device: reading it would wait
-        found.append((moves, [(p.grad is None, p.requires_grad) for p in group["params"]]))
+        # a tensor may lie on a device: reading it would wait
+        size = 2 if isinstance(rate, Tensor) or abs(rate) > _TINY else int(rate != 0)
+        found.append((size, [(p.grad is None, p.requires_grad) for p in group["params"]]))
     return found

@@ -164,7 +164,8 @@ class ScheduleRunsOver(EventCheck):
             yield from self._vanished(event)
 
     def _cosine(self, event: Schedule, state: LoopState) -> Iterator[Fault]:
-        scheduler, times = event.scheduler, self._moves[id(event.scheduler)]
+        scheduler = event.scheduler  # not every move is told
+        times = max(self._moves[id(scheduler)], int(getattr(scheduler, "last_epoch", 0)))
         length = getattr(scheduler, "T_max", 0)
         if type(scheduler).__name__ != "CosineAnnealingLR" or not isinstance(length, int) or length < 2:
             return
