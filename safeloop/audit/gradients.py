@@ -48,10 +48,11 @@ class GradientWatch:
         for name in wanted:
             bit = bits.get(name, 0)
             self._usage[name] = self._usage.get(name, 0) + bool(tape.used & bit)
-            if bit and found.is_complete and name not in self._reached:
+            if name in self._reached:
+                self._forget_cut(self.history.traces.get(name))
+            elif bit and found.is_complete:
                 self._of(name).cause = cause_of(bit, tape, roots)
-        zeros = [t for t in self.history.traces.values() if t.zero >= _SURELY and t.zero + t.absent == t.steps]
-        if any(t.cause is None for t in zeros):
+        if any(t.cause is None and _is_stopped(t) for t in self.history.traces.values()):
             if self._trace is not None:
                 self._trace.finish()
             self._trace = ZeroTrace(roots)
@@ -76,13 +77,14 @@ class GradientWatch:
             norm = norms.get(name)
             if norm is None:
                 trace.absent += name not in self._ever
+                trace.dropped += name in self._reached
             elif norm == 0:
                 trace.zero += 1
             elif math.isfinite(norm):
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
-            if name in norms and trace.cause is not None and trace.cause.kind not in ("zero", "empty"):
-                trace.cause = None
+            if name in norms:
+                self._forget_cut(trace)
         self._reached.clear()
 
     def finish(self) -> History:
@@ -93,20 +95,23 @@ class GradientWatch:
     def _of(self, name: str) -> Trace:
         return self.history.traces.setdefault(name, Trace())
 
+    @staticmethod
+    def _forget_cut(trace: Trace | None) -> None:
+        """A backward pass reaches it after all; another one, of a loss that does not, had a cause to tell."""
+        if trace is not None and trace.cause is not None and trace.cause.kind not in _OF_STOPS:
+            trace.cause = None
+
     def _explain(self, stops: Sequence[Stop], parameters: Mapping[str, nn.Parameter], tape: Tape) -> None:
         for name, parameter in parameters.items():
             trace = self.history.traces.get(name)
-            if trace is None or not trace.zero or trace.cause is not None:
+            if trace is None or not (trace.zero or trace.dropped) or trace.cause is not None:
                 continue
-            stop = next((stop for stop in stops if id(parameter) in stop.leaves), None)
+            behind = [stop for stop in stops if id(parameter) in stop.leaves]
+            stop = next((stop for stop in behind if (stop.kind == "dropped") == bool(trace.dropped)), None)
             if stop is not None:
                 origin = tape.origins.get(stop.number)
-                trace.cause = Cause(
-                    _why_zero(stop.name),
-                    origin.site if origin else None,
-                    origin.module if origin else "",
-                    "empty" if stop.is_empty else "zero",
-                )
+                site = stop.site or (origin.site if origin else None)
+                trace.cause = Cause(_why_stopped(stop), site, origin.module if origin else "", stop.kind)
 
 
 def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
@@ -128,7 +133,15 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
     return Cause("no torch function was ever called with them: the forward does not use them", kind="unused")
 
 
+def _is_stopped(trace: Trace) -> bool:
+    """Whether nothing but zeros came, or nothing although a graph led to it."""
+    is_zero = trace.zero >= _SURELY and trace.zero + trace.absent == trace.steps
+    return is_zero or (trace.dropped >= _SURELY and trace.dropped == trace.steps)
+
+
+_OF_STOPS = ("zero", "empty", "dropped", "hooked")
 _WHY_ZERO = {
+    "BackwardHookFunction": "a backward hook of the module returns zeros",
     "Relu": "every unit of this ReLU is inactive for the whole batch: its derivative is zero there",
     "Threshold": "every unit is below the threshold for the whole batch",
     "Clamp": "the clamp is saturated for every element: its derivative is zero there",
@@ -145,6 +158,11 @@ _WHY_ZERO = {
     "Floor": "floor has the derivative zero everywhere",
     "Ceil": "ceil has the derivative zero everywhere",
     "Sign": "the sign has the derivative zero everywhere",
+    "Trunc": "cutting off decimals has the derivative zero everywhere",
+    "Heaviside": "a step function has the derivative zero everywhere",
+    "Normal": "torch.normal draws a sample, which has the derivative zero everywhere in its mean and std",
+    "Poisson": "a drawn sample has the derivative zero everywhere in its rate",
+    "Bernoulli": "a drawn sample has the derivative zero everywhere in its probabilities",
     "Where": "the other branch is chosen for every element",
     "Max": "the other argument is larger for every element",
     "Sigmoid": "every element is saturated, so that the derivative underflows to zero",
@@ -153,7 +171,12 @@ _WHY_ZERO = {
 }
 
 
-def _why_zero(node: str) -> str:
+def _why_stopped(stop: Stop) -> str:
+    node = stop.name
+    if stop.kind == "hooked":
+        return "a hook on it (`register_hook`) turns a gradient that is not zero into zeros"
+    if stop.kind == "dropped":
+        return f"{node.removesuffix('Backward')}.backward returns None in the place of its gradient"
     for name, text in _WHY_ZERO.items():
         if node.startswith(name):
             return f"{node} lets no gradient through: {text}"

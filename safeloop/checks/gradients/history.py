@@ -18,7 +18,8 @@ class Cause:
     module: str = ""
     kind: str = "cut"
     """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
-    `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample"""
+    `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample; `dropped`: a custom function
+    returns None; `hooked`: a hook returns zeros"""
 
 
 @dataclass(slots=True)
@@ -28,6 +29,8 @@ class Trace:
     steps: int = 0
     absent: int = 0
     """steps without a gradient"""
+    dropped: int = 0
+    """steps without a gradient although the graph of a loss leads to it"""
     zero: int = 0
     """steps with a gradient of zeros"""
     unused: int = 0
