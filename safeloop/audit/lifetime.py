@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from safeloop.audit.opened import opened
 from safeloop.audit.shims import autocast_depth
 from safeloop.autograd.sites import Site, is_user_code
 from safeloop.autograd.survey import Survey, leaves_below
@@ -38,6 +39,7 @@ class Lifetimes:
         self._updated: dict[int, int] | None = None
         self._suspect: Fault | None = None
         self._told: set[str] = set()
+        self._tape: Tape | None = None
 
     def begin(self, first_node: int) -> None:
         """An iteration begins, whose first node will have this sequence number."""
@@ -55,6 +57,7 @@ class Lifetimes:
         At once for stale autocast copies; for others when the graph spans two earlier iterations, since one may be a
         loop that makes the graph of the next iteration ahead. `suspect` holds the fault meanwhile.
         """
+        self._tape = tape
         for node, older in found.old:
             leaves = [self._names[key] for key in leaves_below(older) if self._is_stale(key, older._sequence_nr())]
             if not leaves:
@@ -83,7 +86,7 @@ class Lifetimes:
         if len(self._starts) <= _GROWN or GraphReachesBack.code in self._told:
             return
         shown: set[int] = set()
-        for name, value in holders:
+        for name, value in opened(holders):
             spans: set[int] = set()
             kept = [(tensor, self._spanned(tensor)) for tensor in _tensors(value)]
             for tensor, old in kept:
@@ -93,16 +96,23 @@ class Lifetimes:
                 shown |= {id(tensor) for tensor, old in kept if old}
             if len(spans) >= _GROWN and name not in self._told:
                 self._told.add(name)
+                site = self._made_at(tensor for tensor, _ in kept)
                 yield GraphsKept.fault(
                     f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with "
                     "each",
-                    where=f"`{name}`",
+                    where=f"`{name}`" if site is None else f"`{name}`, made at {at(site, '')}",
                     why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory "
                     "grows, and a later backward pass would go through all of it",
                     fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` "
                     "under torch.no_grad()",
                     names=(name,),
                 )
+
+    def _made_at(self, kept: Iterable[Tensor]) -> Site | None:
+        """The user's line that made the youngest of some tensors."""
+        numbers = [int(tensor.grad_fn._sequence_nr()) for tensor in kept if tensor.grad_fn is not None]
+        origin = self._tape.origins.get(max(numbers, default=-1)) if self._tape is not None else None
+        return None if origin is None else origin.site
 
     def _spanned(self, tensor: Tensor) -> set[int]:
         """The earlier iterations, the last one left out, that a tensor's graph has nodes of."""

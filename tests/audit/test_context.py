@@ -93,3 +93,17 @@ def test_a_model_alone_can_be_watched() -> None:
     with sl.audit(model=model, on_fault="collect") as audit:
         pass
     assert audit.faults == ()
+
+
+def test_a_parameter_written_between_forward_and_backward_is_named() -> None:
+    model, optimizer = make()
+    with pytest.raises(RuntimeError), sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        loss = model(torch.randn(4, 3)).square().mean()
+        with torch.no_grad():
+            model[2].weight.mul_(0.5)
+        loss.backward()
+    (fault,) = audit.faults
+    assert (fault.code, fault.names) == ("SL303", ("2.weight",))
+    assert "mul_" in fault.where
+    assert "torch does not say" not in fault.why
+    assert "after the backward pass" in fault.fix

@@ -173,8 +173,8 @@ class AlwaysZero(Check):
 
 
 _FLAT = (
-    "use a smooth function in its place (tanh, softmax), a straight-through estimator `x + (hard - x).detach()`, or for "
-    "a sample `mean + std * torch.randn_like(std)`, which `rsample()` of a distribution does"
+    "use a smooth function in its place (tanh, softmax), a straight-through estimator `x + (hard - x).detach()`, or "
+    "for a sample `mean + std * torch.randn_like(std)`, which `rsample()` of a distribution does"
 )
 _HOOKED = "correct the hook; to keep a whole parameter from training, use `requires_grad_(False)`"
 _VALUES = "look at the values that go into that operation: a bias far off, a scale, a weight of zero"
