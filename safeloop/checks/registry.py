@@ -61,6 +61,7 @@ FILES: dict[str, str] = {
     "SL313": "graph/functions.py",  # CustomGradientWrong (warning)
     "SL314": "graph/detached.py",  # PathCutByData (warning)
     "SL315": "graph/leaves.py",  # GradientOfNonLeaf
+    "SL316": "graph/recomputed.py",  # RecomputedOtherwise
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
