@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safeloop.autograd.norms import each_norm
+from safeloop.autograd.opnames import COMPARISONS, ESCAPES
 from safeloop.autograd.survey import survey
 from safeloop.autograd.tape import Tape
 from safeloop.autograd.zeros import Stop, ZeroTrace
@@ -19,6 +20,8 @@ ENOUGH_STEPS = 5
 """Steps that must have been looked at before anything is said of what their gradients show together"""
 _SURELY = 2
 """Steps with a gradient of zeros after which the operation that stops it is looked for."""
+_OTHERS = 2
+"""So many other lines are told where a value was cut off."""
 
 
 class GradientWatch:
@@ -117,16 +120,17 @@ class GradientWatch:
 def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
     """Why the parameter that a bit stands for is not reached from the roots, by what the tape has seen."""
     on_the_way = [m for root in roots for m in tape.marks_of(root) if m.kind == "cut" and m.live & bit]
-    if on_the_way:
-        mark = on_the_way[0]
-        return Cause(
-            f"their value reaches the loss without a gradient path: cut by {mark.reason}", mark.site, mark.module
-        )
-    elsewhere = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
-    if elsewhere:
-        mark = elsewhere[0]
+    cuts = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
+    elsewhere = sorted((m for m in cuts if m not in on_the_way), key=lambda m: m.name in COMPARISONS)
+    if on_the_way or elsewhere:
+        mark, *others = [*on_the_way, *elsewhere]
         text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
-        return Cause(text, mark.site, mark.module, "escape")
+        if on_the_way:
+            text = f"their value reaches the loss without a gradient path: cut by {mark.reason}"
+        told = sorted((m for m in others if m.name not in COMPARISONS), key=lambda m: m.name not in ESCAPES)
+        sites = dict.fromkeys(m.site for m in told if m.site is not None and m.site != mark.site)
+        kind = "cut" if on_the_way else "escape"
+        return Cause(text, mark.site, mark.module, kind, tuple(sites)[:_OTHERS])
     if tape.used & bit:
         text = "they are used, but nothing that is computed from them reaches a loss"
         return Cause(text, tape.first_use_of(bit), kind="escape")

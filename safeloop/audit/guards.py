@@ -61,7 +61,7 @@ class Guards:
         return list(ParameterChangedUnseen.find(changes, model=self._model, terms_source=source, where=where))
 
     def after_backward(self, source: str, where: str) -> list[Fault]:
-        """Faults of tensors that a backward pass has found written or recomputed otherwise. One sync on accelerators."""
+        """Faults of tensors that a backward pass has found written or recomputed otherwise; a sync on accelerators."""
         changes = self._guard.verify()
         self._guard.findings.clear()
         faults = list(SavedTensorChangedUnseen.find(changes, model=self._model, terms_source=source, where=where))

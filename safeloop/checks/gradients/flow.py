@@ -80,12 +80,14 @@ class NoGradient(Check):
             if trace.steps and (is_dropped or trace.absent == trace.steps) and name not in view.routed:
                 text, site = ("", None) if cause is None else (cause.text, cause.site)
                 groups.setdefault((text, at(site, ""), name in view.optional), []).append(name)
-        for (text, place, is_optional), names in groups.items():
+        for (text, place, is_optional), found in groups.items():
+            names = view.ordered(found)
             trace = view.traces[names[0]]
             cause = trace.cause
+            others = () if cause is None else cause.others
             yield cls.fault(
                 f"{listed(names)} got no gradient on any of {trace.steps} steps",
-                where=place or view.where,
+                where=place + "".join(f"; also cut off at {at(site, '')}" for site in others) or view.where,
                 why=text or "no loss depends on them, or every path to them is cut",
                 fix=_FIXES["unused" if cause is None else cause.kind],
                 severity="warning" if is_optional else None,
@@ -160,7 +162,8 @@ class AlwaysZero(Check):
             is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
             if is_zero and trace.cause is not None and trace.cause.kind in ("zero", "hooked"):
                 groups.setdefault((trace.cause.text, at(trace.cause.site, "")), []).append(name)
-        for (text, place), names in groups.items():
+        for (text, place), found in groups.items():
+            names = view.ordered(found)
             is_flat = "zero everywhere" in text
             yield cls.fault(
                 f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from safeloop.autograd.sites import Site
@@ -20,6 +20,8 @@ class Cause:
     """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
     `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample; `dropped`: a custom function
     returns None; `hooked`: a hook returns zeros"""
+    others: tuple[Site, ...] = ()
+    """other lines where their value was cut off, which may be the guilty ones"""
 
 
 @dataclass(slots=True)
@@ -60,3 +62,8 @@ class History:
     """parameters of modules that share a container with others that are used on some steps only"""
     optional: frozenset[str] = frozenset()
     """parameters of modules that are never used, while others of the same container are: they may come later"""
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Names of parameters, in the model's order."""
+        places = {name: place for place, name in enumerate(self.dimensions)}
+        return sorted(names, key=lambda name: places.get(name, len(places)))

@@ -156,3 +156,38 @@ def test_a_saturated_actor_is_found_where_another_loss_does_not_reach_it() -> No
     (fault,) = audit.faults
     assert (fault.code, fault.names) == ("SL503", ("actor.weight", "actor.bias"))
     assert "Tanh" in fault.why
+
+
+class Lost(nn.Module):
+    """An encoder whose result gets lost in `lose`, and a decoder."""
+
+    def __init__(self, lose: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.lose = nn.Linear(6, 4), nn.Linear(4, 1), lose
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.lose(self.encoder(x)))
+
+
+def by_hard_gumbel(logits: Tensor) -> Tensor:
+    noise = -torch.rand_like(logits).add(1e-6).log()
+    soft = (logits - noise.log()).softmax(-1)
+    return F.one_hot(soft.argmax(-1), 4).float()  # guilty
+
+
+def by_number_beside_an_assertion(h: Tensor) -> Tensor:
+    assert (h == h).all()
+    return h.new_ones(h.shape) * h.mean().item()  # guilty
+
+
+def by_one_of_two(h: Tensor) -> Tensor:
+    index = h.detach().argmin(-1)
+    return torch.stack([torch.ones(4) * v for v in h.sum(1).tolist()]) + index[:, None]  # guilty
+
+
+@pytest.mark.parametrize("lose", [by_hard_gumbel, by_number_beside_an_assertion, by_one_of_two])
+def test_the_line_that_lost_the_value_is_told_beside_harmless_ones(lose: Callable[[Tensor], Tensor]) -> None:
+    (fault,) = faults_of(Lost(lose))
+    assert (fault.code, fault.names) == ("SL502", ("encoder.weight", "encoder.bias"))
+    assert "# guilty" in fault.where
+    assert "rand_like" not in fault.why
