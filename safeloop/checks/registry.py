@@ -83,6 +83,7 @@ FILES: dict[str, str] = {
     "SL423": "terms/hand_made.py",  # PenaltyThroughBatchNorm (warning)
     "SL424": "gradients/flow.py",  # TermAlwaysZero (warning)
     "SL425": "terms/hand_made.py",  # PartOfSumWithoutGradient (warning)
+    "SL426": "terms/contained.py",  # TermContainsAnother (warning)
     "SL430": "penalties/declared.py",  # PenaltyNotDeclared
     "SL431": "penalties/declared.py",  # PenaltyMisdeclared
     "SL432": "penalties/point.py",  # PenaltyOfWrongShape

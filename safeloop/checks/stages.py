@@ -25,6 +25,7 @@ from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
 from safeloop.checks.setup.rates import LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
+from safeloop.checks.terms.contained import TermContainsAnother
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
 from safeloop.checks.terms.hand_made import (
@@ -72,6 +73,7 @@ _TERMS = (
     TermHasNoGradientPath,
     TermIgnoresTheModel,
     TermReachesWhatItDoesNotTrain,
+    TermContainsAnother,
     OperationWithoutSecondDerivative,
 )
 _GRADIENTS = (TermIsNotFinite, NonFiniteGradient)
