@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 
 from safeloop.autograd.norms import each_norm
 from safeloop.autograd.opnames import COMPARISONS, ESCAPES
-from safeloop.autograd.survey import survey
+from safeloop.autograd.survey import leaves_below, survey
 from safeloop.autograd.tape import Tape
 from safeloop.autograd.zeros import Stop, ZeroTrace
-from safeloop.checks.gradients.history import Cause, History, Trace
+from safeloop.checks.gradients.history import SAMPLED, SCORED, Cause, History, Sampled, Trace
 from safeloop.checks.gradients.magnitude import TINY
 
 ENOUGH_STEPS = 5
@@ -35,6 +37,7 @@ class GradientWatch:
         self.history = History(dimensions={name: p.dim() for name, p in model.named_parameters()})
         self._model = model
         self._trace: ZeroTrace | None = None
+        self._ids: dict[str, int] = {}
         self._reached: set[str] = set()
         self._ever: set[str] = set()
         self._usage: dict[str, int] = {}
@@ -43,8 +46,8 @@ class GradientWatch:
     def before(self, roots: Sequence[Tensor], tape: Tape, wanted: Mapping[str, nn.Parameter]) -> None:
         """Before a backward pass: why it misses parameters, and hooks where zeros are to be explained."""
         found = survey(*roots)
-        ids = {id(p): name for name, p in wanted.items()}
-        self._reached |= {ids[key] for key in found.leaves if key in ids}
+        self._ids = {name: id(p) for name, p in wanted.items()}
+        self._reached |= {name for name, key in self._ids.items() if key in found.leaves}
         self._ever |= self._reached
         self._tapes += 1
         bits = {name: 1 << i for i, name in enumerate(tape.names)}
@@ -55,6 +58,7 @@ class GradientWatch:
                 self._forget_cut(self.history.traces.get(name))
             elif bit and found.is_complete:
                 self._of(name).cause = cause_of(bit, tape, roots)
+        self._note_samples(roots, tape)
         if any(t.cause is None and _is_stopped(t) for t in self.history.traces.values()):
             if self._trace is not None:
                 self._trace.finish()
@@ -90,6 +94,19 @@ class GradientWatch:
                 self._forget_cut(trace)
         self._reached.clear()
 
+    def _note_samples(self, roots: Sequence[Tensor], tape: Tape) -> None:
+        """Samples that go into these losses, of distributions whose parameters the losses reach in another way."""
+        scored = functools.reduce(operator.or_, (m.live for m in tape.marks if m.kind == SCORED), 0)
+        samples = {m for root in roots for m in tape.marks_of(root) if m.kind == SAMPLED}
+        nodes = [root.grad_fn for root in roots if root.grad_fn is not None] if samples else []
+        reached = leaves_below(*nodes, beside="NormalBackward")
+        for mark in samples:
+            names = tuple(name for name in tape.names_of(mark.live) if self._ids.get(name) in reached)
+            if names:
+                seen = self.history.samples.setdefault(mark.site, Sampled(names))
+                seen.steps += 1
+                seen.is_scored |= bool(mark.live & scored)
+
     def finish(self) -> History:
         """The history, with the parameters of modules that are chosen by the data."""
         self.history.routed, self.history.optional = _chosen(self._model, self._usage, self._tapes)
@@ -112,7 +129,7 @@ class GradientWatch:
             behind = [stop for stop in stops if id(parameter) in stop.leaves]
             stop = next((stop for stop in behind if (stop.kind == "dropped") == bool(trace.dropped)), None)
             if stop is not None:
-                origin = tape.origins.get(stop.number)
+                origin = tape.origin_of(stop.number)
                 site = stop.site or (origin.site if origin else None)
                 trace.cause = Cause(_why_stopped(stop), site, origin.module if origin else "", stop.kind)
 

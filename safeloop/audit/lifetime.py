@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
@@ -62,12 +63,12 @@ class Lifetimes:
             leaves = [self._names[key] for key in leaves_below(older) if self._is_stale(key, older._sequence_nr())]
             if not leaves:
                 continue
-            origin = tape.origins.get(node._sequence_nr())
+            origin = tape.origin_of(node._sequence_nr())
             place = at(origin.site, origin.name) if origin is not None else at(site, "the backward pass")
             if older.name().startswith("ToCopy") and autocast_depth():
                 yield from self._once(_stale(leaves, site, iteration))
                 continue
-            fault = _reaches_back(older, leaves, place, site)
+            fault = _reaches_back(older, leaves, place, site, _holder_of(older))
             self._suspect = fault
             if len(self._starts) > 1 and _oldest(older) < self._starts[-2]:
                 yield from self._once(fault)
@@ -156,15 +157,28 @@ def _oldest(node: Any) -> int:
     return lowest
 
 
-def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) -> Fault:
+def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None, holder: str) -> Fault:
+    through = f"`{holder}` (`{older.name()}`)" if holder else f"`{older.name()}`"
+    state = holder or "state"
+    backward = "" if site is None else at(site, "")
     return GraphReachesBack.fault(
-        f"the loss reaches back into the graph of an earlier iteration, through `{older.name()}`, to {listed(leaves)}",
-        where=place if site is None else f"{place}; {at(site, '')}",
-        why="a state that is carried from batch to batch was not detached: each backward pass goes through all "
-        "iterations before it, whose weights have changed since. retain_graph=True only hides the first error",
-        fix="cut it at the border: `state = state.detach()` before the next batch",
+        f"the loss reaches back into the graph of an earlier iteration, through {through}, to {listed(leaves)}",
+        where="; ".join(dict.fromkeys(filter(None, (place, backward)))),
+        why="a state that is carried from batch to batch was not detached, or a value was computed once before the "
+        "loop: each backward pass goes through iterations before it, whose weights have changed since. "
+        "retain_graph=True only hides the first error",
+        fix=f"cut it at the border, by `{state} = {state}.detach()` before the next batch, or compute it anew in each "
+        "iteration",
         names=leaves,
     )
+
+
+def _holder_of(node: Any) -> str:
+    """The variable of a running function of the user's that holds what this node has made; empty for none."""
+    for name, value in holders_of_frames(sys._getframe(1)):
+        if any(tensor.grad_fn is node for tensor in _tensors(value)):
+            return name
+    return ""
 
 
 def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:

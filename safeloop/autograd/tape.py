@@ -233,6 +233,15 @@ class Tape(TorchFunctionMode):
         """The user's line that made a scalar; None where it is not known."""
         return self._state(tensor).site
 
+    def origin_of(self, number: int) -> Origin | None:
+        """The call that made a node of this number, also one inside of a call of several nodes, such as an LSTM.
+
+        The nodes of a call come before the one of its result, which is the one that is noted.
+        """
+        if number < self.first_node:
+            return None
+        return self.origins.get(min((n for n in self.origins if n >= number), default=-1))
+
     def first_use_of(self, bit: int) -> Site | None:
         """The user's line that used a parameter first."""
         return next((site for bits, site in self._first_uses if bits & bit), None)

@@ -62,6 +62,7 @@ FILES: dict[str, str] = {
     "SL314": "graph/detached.py",  # PathCutByData (warning)
     "SL315": "graph/leaves.py",  # GradientOfNonLeaf
     "SL316": "graph/recomputed.py",  # RecomputedOtherwise
+    "SL317": "graph/samples.py",  # SampleWithoutGradient (warning)
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber

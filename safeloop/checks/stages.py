@@ -16,6 +16,7 @@ from safeloop.checks.gradients.magnitude import ExplodingGradient, VanishingGrad
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
+from safeloop.checks.graph.samples import SampleWithoutGradient
 from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
 from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
 from safeloop.checks.setup.containers import ModulesInPlainContainer
@@ -106,7 +107,7 @@ def history_faults(view: History, *, is_over: bool) -> list[Fault]:
 
     What may change later in a healthy run, such as a weight that is zero at first, is told when the run is over.
     """
-    checks = (NoGradient, AlwaysZero, VanishingGradient, ExplodingGradient)
+    checks = (NoGradient, AlwaysZero, SampleWithoutGradient, VanishingGradient, ExplodingGradient)
     found = [fault for check in checks for fault in check.find(view)]
     if is_over:
         return _errors_first([*found, *TermAlwaysZero.find(view)])
@@ -122,6 +123,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),
         CheckpointRunsTwice(),
+        SampleWithoutGradient(),
         GradientOfNonLeaf(),
         FrozenStatistics(model, frozen),
     ]

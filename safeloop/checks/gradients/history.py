@@ -44,6 +44,20 @@ class Trace:
     cause: Cause | None = None
 
 
+SAMPLED, SCORED = "sampled", "scored"
+"""Marks on a tape: drawn from a distribution without a gradient; compared with its mean, as by a log-probability."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A line that draws samples which go into losses."""
+
+    names: tuple[str, ...]
+    """the parameters that its distribution depends on, and that the losses reach in another way"""
+    steps: int = 0
+    is_scored: bool = False
+
+
 @dataclass(slots=True)
 class History:
     """Everything that the gradient checks look at: data, filled by the audit."""
@@ -56,6 +70,7 @@ class History:
     terms_zero: dict[str, int] = field(default_factory=dict)
     """loss term -> steps on which it was exactly 0 although it has a graph; removed once it was not"""
     term_sites: dict[str, str] = field(default_factory=dict)
+    samples: dict[Site | None, Sampled] = field(default_factory=dict)
     total: float = 0.0
     """the largest norm of all gradients together"""
     routed: frozenset[str] = frozenset()
