@@ -160,7 +160,7 @@ def _is_stopped(trace: Trace) -> bool:
     return is_zero or (trace.dropped >= _SURELY and trace.dropped == trace.steps)
 
 
-_OF_STOPS = ("zero", "empty", "dropped", "hooked")
+_OF_STOPS = ("zero", "empty", "dropped", "hooked", "cancelled")
 _WHY_ZERO = {
     "BackwardHookFunction": "a backward hook of the module returns zeros",
     "Relu": "every unit of this ReLU is inactive for the whole batch: its derivative is zero there",
@@ -196,6 +196,8 @@ def _why_stopped(stop: Stop) -> str:
     node = stop.name
     if stop.kind == "hooked":
         return "a hook on it (`register_hook`) turns a gradient that is not zero into zeros"
+    if stop.kind == "cancelled":
+        return "it is used several times, and the gradients of its uses cancel: what is added is taken off again"
     if stop.kind == "dropped":
         return f"{node.removesuffix('Backward')}.backward returns None in the place of its gradient"
     for name, text in _WHY_ZERO.items():

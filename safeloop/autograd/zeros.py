@@ -18,7 +18,7 @@ _PASSES_ON = (
     *("T", "Transpose", "Permute", "Cat", "Stack", "ToCopy", "Alias", "AsStrided", "Repeat", "CumSum", "Movedim"),
 )
 """Nodes whose derivative is never zero: what becomes zero there was cancelled, as in a loss that no shift changes."""
-Kind = Literal["zero", "empty", "dropped", "hooked"]
+Kind = Literal["zero", "empty", "dropped", "hooked", "cancelled"]
 
 
 class Stop(NamedTuple):
@@ -30,7 +30,7 @@ class Stop(NamedTuple):
     """ids of the leaves that lie behind it"""
     kind: Kind = "zero"
     """`empty`: it was run on a batch of no sample; `dropped`: a custom function that returns None; `hooked`: a hook on
-    its result has made a gradient zero"""
+    its result has made a gradient zero; `cancelled`: the gradients of several uses of its result add up to zero"""
     site: Site | None = None
     """where the custom function or the hook was written"""
 
@@ -46,8 +46,8 @@ class ZeroTrace:
     def __init__(self, roots: Iterable[Tensor], most: int = 20_000) -> None:
         self._handles: list[Any] = []
         self._stops: list[tuple[Any, list[Any], Kind]] = []
-        self._num_given: dict[Any, int] = {}
-        """node -> how many gradients that are not zero it was given, before any hook on its result"""
+        self._givers: dict[Any, list[Any]] = {}
+        """node -> those that gave it a gradient that is not zero, before any hook on its result"""
         self._silent: set[Any] = set()
         waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
         seen: set[Any] = set(waiting)
@@ -79,7 +79,7 @@ class ZeroTrace:
         ways = [(g, following) for g, (following, _) in edges if g is not None and following is not None]
         for g, (following, index) in edges:
             if g is not None and following is not None and _fits(g, following, index) and _any(g):
-                self._num_given[following] = self._num_given.get(following, 0) + 1
+                self._givers.setdefault(following, []).append(node)
         if isinstance(node, BackwardCFunction):
             dropped = [following for g, (following, _) in edges if g is None and following is not None]
             if dropped:
@@ -97,26 +97,36 @@ class ZeroTrace:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        stops = [*self._stops, *((node, [node], "hooked") for node in self._silent if self._num_given.get(node) == 1)]
+        stops = [*self._stops]
+        for node in self._silent:
+            if givers := self._givers.get(node):
+                stops.append((node, [node], "hooked" if len(givers) == 1 else "cancelled"))
         found = [
             Stop(
                 node.name(),
-                int(node._sequence_nr()),
+                max(int(n._sequence_nr()) for n in (self._givers[node] if kind == "cancelled" else [node])),
                 frozenset().union(*(leaves_below(way) for way in ways)),
                 kind,
                 _written(node) if kind == "dropped" else None,
             )
             for node, ways, kind in stops
         ]
-        found += self._hooked_leaves()
+        found += self._given_leaves()
         self._stops.clear()
+        self._silent.clear()
+        self._givers.clear()
         return sorted(found, key=lambda stop: (stop.kind != "empty", -stop.number))
 
-    def _hooked_leaves(self) -> Iterable[Stop]:
-        """Leaves that were given something, and have hooks of their own, which may have made it zero."""
-        for node in self._num_given:
-            if node.name() == _LEAF and (hook := _hook_of(node.variable)) is not None:
-                yield Stop(node.name(), -1, frozenset([id(node.variable)]), "hooked", _site(hook))
+    def _given_leaves(self) -> Iterable[Stop]:
+        """Leaves that were given something: where it became zero, by hooks of their own, or since it cancels."""
+        for node, givers in self._givers.items():
+            if node.name() != _LEAF:
+                continue
+            leaf = frozenset([id(node.variable)])
+            if (hook := _hook_of(node.variable)) is not None:
+                yield Stop(node.name(), -1, leaf, "hooked", _site(hook))
+            elif len(givers) > 1:
+                yield Stop(node.name(), max(int(giver._sequence_nr()) for giver in givers), leaf, "cancelled")
 
 
 def _hook_of(leaf: Tensor) -> Callable[..., Any] | None:

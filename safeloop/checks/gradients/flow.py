@@ -160,17 +160,16 @@ class AlwaysZero(Check):
         groups: dict[tuple[str, str], list[str]] = {}
         for name, trace in view.traces.items():
             is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
-            if is_zero and trace.cause is not None and trace.cause.kind in ("zero", "hooked"):
+            if is_zero and trace.cause is not None and trace.cause.kind in _SHOWN:
                 groups.setdefault((trace.cause.text, at(trace.cause.site, "")), []).append(name)
         for (text, place), found in groups.items():
             names = view.ordered(found)
-            is_flat = "zero everywhere" in text
             yield cls.fault(
                 f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",
                 where=place or view.where,
                 why=text,
-                fix=_FLAT if is_flat else _HOOKED if text.startswith("a hook") else _VALUES,
-                severity="error" if is_flat else None,
+                fix=next((fix for word, fix in _ZERO_FIXES.items() if word in text), _VALUES),
+                severity="error" if "zero everywhere" in text else None,
                 names=names,
             )
 
@@ -179,7 +178,12 @@ _FLAT = (
     "use a smooth function in its place (tanh, softmax), a straight-through estimator `x + (hard - x).detach()`, or "
     "for a sample `mean + std * torch.randn_like(std)`, which `rsample()` of a distribution does"
 )
-_HOOKED = "correct the hook; to keep a whole parameter from training, use `requires_grad_(False)`"
+_ZERO_FIXES = {
+    "zero everywhere": _FLAT,
+    "a hook": "correct the hook; to keep a whole parameter from training, use `requires_grad_(False)`",
+    "cancel": "look for a detach() that is missing: a straight-through estimator is `x + (hard - x).detach()`",
+}
+_SHOWN = ("zero", "hooked", "cancelled")
 _VALUES = "look at the values that go into that operation: a bias far off, a scale, a weight of zero"
 
 

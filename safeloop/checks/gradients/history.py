@@ -19,7 +19,7 @@ class Cause:
     kind: str = "cut"
     """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
     `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample; `dropped`: a custom function
-    returns None; `hooked`: a hook returns zeros"""
+    returns None; `hooked`: a hook returns zeros; `cancelled`: its uses cancel"""
     others: tuple[Site, ...] = ()
     """other lines where their value was cut off, which may be the guilty ones"""
 

@@ -191,3 +191,45 @@ def test_the_line_that_lost_the_value_is_told_beside_harmless_ones(lose: Callabl
     assert (fault.code, fault.names) == ("SL502", ("encoder.weight", "encoder.bias"))
     assert "# guilty" in fault.where
     assert "rand_like" not in fault.why
+
+
+def test_a_straight_through_estimator_without_detach_is_told_with_its_line() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.encoder(x)
+            hard = (3 * z).round().detach()
+            return self.decoder(z + (hard - z))  # guilty
+
+    (fault,) = faults_of(Net())
+    assert (fault.code, fault.names) == ("SL503", ("encoder.weight", "encoder.bias"))
+    assert "# guilty" in fault.where
+    assert "detach()" in fault.fix
+
+
+def test_a_fake_quantised_weight_without_detach_is_told() -> None:
+    class Quantised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.weight
+            return F.linear(x, w + ((8 * w).round() / 8 - w), self.bias)  # guilty
+
+    (fault,) = faults_of(nn.Sequential(Quantised(6, 4), nn.Tanh(), nn.Linear(4, 1)))
+    assert (fault.code, fault.names) == ("SL503", ("0.weight",))
+    assert "# guilty" in fault.where
+    assert "straight-through" in fault.fix
+
+
+def test_uses_that_do_not_cancel_are_well() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.encoder(x)
+            return self.decoder(z + ((3 * z).round() - z).detach() + z - z.mean(1, keepdim=True))
+
+    assert not faults_of(Net())
