@@ -210,9 +210,9 @@ def holders_of_frames(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
 
 
 def holders_of_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of the modules that are neither parameters nor buffers nor modules."""
+    """Attributes of the modules that are neither parameters nor modules."""
     for path, module in model.named_modules():
-        for key, value in module.__dict__.items():
+        for key, value in (*module.__dict__.items(), *module._buffers.items()):
             if not key.startswith("_"):
                 yield f"{path}.{key}" if path else key, value
 

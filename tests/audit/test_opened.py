@@ -69,3 +69,22 @@ def test_an_object_that_holds_itself_ends() -> None:
     meter = Meter()
     meter.own = meter  # type: ignore[attr-defined]
     assert run(meter, meter=meter)[0].code == "SL311"
+
+
+def test_a_buffer_that_keeps_graphs_is_named() -> None:
+    model = nn.Linear(4, 1)
+    model.register_buffer("average", torch.zeros(1))
+
+    def keep(loss: Tensor) -> None:
+        model.average = 0.9 * model.average + 0.1 * loss
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(9):
+            optimizer.zero_grad()
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            keep(loss)
+            audit.step()
+    assert [(fault.code, fault.names) for fault in audit.faults] == [("SL311", ("average",))]
