@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from safeloop.autograd.norms import each_norm
-from safeloop.autograd.survey import survey
+from safeloop.autograd.opnames import COMPARISONS, ESCAPES
+from safeloop.autograd.survey import leaves_below, survey
 from safeloop.autograd.tape import Tape
 from safeloop.autograd.zeros import Stop, ZeroTrace
-from safeloop.checks.gradients.history import Cause, History, Trace
+from safeloop.checks.gradients.history import SAMPLED, SCORED, Cause, History, Sampled, Trace
 from safeloop.checks.gradients.magnitude import TINY
 
 ENOUGH_STEPS = 5
 """Steps that must have been looked at before anything is said of what their gradients show together"""
 _SURELY = 2
 """Steps with a gradient of zeros after which the operation that stops it is looked for."""
+_OTHERS = 2
+"""So many other lines are told where a value was cut off."""
 
 
 class GradientWatch:
@@ -32,6 +37,7 @@ class GradientWatch:
         self.history = History(dimensions={name: p.dim() for name, p in model.named_parameters()})
         self._model = model
         self._trace: ZeroTrace | None = None
+        self._ids: dict[str, int] = {}
         self._reached: set[str] = set()
         self._ever: set[str] = set()
         self._usage: dict[str, int] = {}
@@ -40,18 +46,20 @@ class GradientWatch:
     def before(self, roots: Sequence[Tensor], tape: Tape, wanted: Mapping[str, nn.Parameter]) -> None:
         """Before a backward pass: why it misses parameters, and hooks where zeros are to be explained."""
         found = survey(*roots)
-        ids = {id(p): name for name, p in wanted.items()}
-        self._reached |= {ids[key] for key in found.leaves if key in ids}
+        self._ids = {name: id(p) for name, p in wanted.items()}
+        self._reached |= {name for name, key in self._ids.items() if key in found.leaves}
         self._ever |= self._reached
         self._tapes += 1
         bits = {name: 1 << i for i, name in enumerate(tape.names)}
         for name in wanted:
             bit = bits.get(name, 0)
             self._usage[name] = self._usage.get(name, 0) + bool(tape.used & bit)
-            if bit and found.is_complete and name not in self._reached:
+            if name in self._reached:
+                self._forget_cut(self.history.traces.get(name))
+            elif bit and found.is_complete:
                 self._of(name).cause = cause_of(bit, tape, roots)
-        zeros = [t for t in self.history.traces.values() if t.zero >= _SURELY and t.zero + t.absent == t.steps]
-        if any(t.cause is None for t in zeros):
+        self._note_samples(roots, tape)
+        if any(t.cause is None and _is_stopped(t) for t in self.history.traces.values()):
             if self._trace is not None:
                 self._trace.finish()
             self._trace = ZeroTrace(roots)
@@ -76,14 +84,28 @@ class GradientWatch:
             norm = norms.get(name)
             if norm is None:
                 trace.absent += name not in self._ever
+                trace.dropped += name in self._reached
             elif norm == 0:
                 trace.zero += 1
             elif math.isfinite(norm):
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
-            if name in norms and trace.cause is not None and trace.cause.kind not in ("zero", "empty"):
-                trace.cause = None
+            if name in norms:
+                self._forget_cut(trace)
         self._reached.clear()
+
+    def _note_samples(self, roots: Sequence[Tensor], tape: Tape) -> None:
+        """Samples that go into these losses, of distributions whose parameters the losses reach in another way."""
+        scored = functools.reduce(operator.or_, (m.live for m in tape.marks if m.kind == SCORED), 0)
+        samples = {m for root in roots for m in tape.marks_of(root) if m.kind == SAMPLED}
+        nodes = [root.grad_fn for root in roots if root.grad_fn is not None] if samples else []
+        reached = leaves_below(*nodes, beside="NormalBackward")
+        for mark in samples:
+            names = tuple(name for name in tape.names_of(mark.live) if self._ids.get(name) in reached)
+            if names:
+                seen = self.history.samples.setdefault(mark.site, Sampled(names))
+                seen.steps += 1
+                seen.is_scored |= bool(mark.live & scored)
 
     def finish(self) -> History:
         """The history, with the parameters of modules that are chosen by the data."""
@@ -93,42 +115,54 @@ class GradientWatch:
     def _of(self, name: str) -> Trace:
         return self.history.traces.setdefault(name, Trace())
 
+    @staticmethod
+    def _forget_cut(trace: Trace | None) -> None:
+        """A backward pass reaches it after all; another one, of a loss that does not, had a cause to tell."""
+        if trace is not None and trace.cause is not None and trace.cause.kind not in _OF_STOPS:
+            trace.cause = None
+
     def _explain(self, stops: Sequence[Stop], parameters: Mapping[str, nn.Parameter], tape: Tape) -> None:
         for name, parameter in parameters.items():
             trace = self.history.traces.get(name)
-            if trace is None or not trace.zero or trace.cause is not None:
+            if trace is None or not (trace.zero or trace.dropped) or trace.cause is not None:
                 continue
-            stop = next((stop for stop in stops if id(parameter) in stop.leaves), None)
+            behind = [stop for stop in stops if id(parameter) in stop.leaves]
+            stop = next((stop for stop in behind if (stop.kind == "dropped") == bool(trace.dropped)), None)
             if stop is not None:
-                origin = tape.origins.get(stop.number)
-                trace.cause = Cause(
-                    _why_zero(stop.name),
-                    origin.site if origin else None,
-                    origin.module if origin else "",
-                    "empty" if stop.is_empty else "zero",
-                )
+                origin = tape.origin_of(stop.number)
+                site = stop.site or (origin.site if origin else None)
+                trace.cause = Cause(_why_stopped(stop), site, origin.module if origin else "", stop.kind)
 
 
 def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
     """Why the parameter that a bit stands for is not reached from the roots, by what the tape has seen."""
     on_the_way = [m for root in roots for m in tape.marks_of(root) if m.kind == "cut" and m.live & bit]
-    if on_the_way:
-        mark = on_the_way[0]
-        return Cause(
-            f"their value reaches the loss without a gradient path: cut by {mark.reason}", mark.site, mark.module
-        )
-    elsewhere = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
-    if elsewhere:
-        mark = elsewhere[0]
+    cuts = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
+    elsewhere = sorted((m for m in cuts if m not in on_the_way), key=lambda m: m.name in COMPARISONS)
+    if on_the_way or elsewhere:
+        mark, *others = [*on_the_way, *elsewhere]
         text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
-        return Cause(text, mark.site, mark.module, "escape")
+        if on_the_way:
+            text = f"their value reaches the loss without a gradient path: cut by {mark.reason}"
+        told = sorted((m for m in others if m.name not in COMPARISONS), key=lambda m: m.name not in ESCAPES)
+        sites = dict.fromkeys(m.site for m in told if m.site is not None and m.site != mark.site)
+        kind = "cut" if on_the_way else "escape"
+        return Cause(text, mark.site, mark.module, kind, tuple(sites)[:_OTHERS])
     if tape.used & bit:
         text = "they are used, but nothing that is computed from them reaches a loss"
         return Cause(text, tape.first_use_of(bit), kind="escape")
     return Cause("no torch function was ever called with them: the forward does not use them", kind="unused")
 
 
+def _is_stopped(trace: Trace) -> bool:
+    """Whether nothing but zeros came, or nothing although a graph led to it."""
+    is_zero = trace.zero >= _SURELY and trace.zero + trace.absent == trace.steps
+    return is_zero or (trace.dropped >= _SURELY and trace.dropped == trace.steps)
+
+
+_OF_STOPS = ("zero", "empty", "dropped", "hooked", "cancelled")
 _WHY_ZERO = {
+    "BackwardHookFunction": "a backward hook of the module returns zeros",
     "Relu": "every unit of this ReLU is inactive for the whole batch: its derivative is zero there",
     "Threshold": "every unit is below the threshold for the whole batch",
     "Clamp": "the clamp is saturated for every element: its derivative is zero there",
@@ -145,6 +179,11 @@ _WHY_ZERO = {
     "Floor": "floor has the derivative zero everywhere",
     "Ceil": "ceil has the derivative zero everywhere",
     "Sign": "the sign has the derivative zero everywhere",
+    "Trunc": "cutting off decimals has the derivative zero everywhere",
+    "Heaviside": "a step function has the derivative zero everywhere",
+    "Normal": "torch.normal draws a sample, which has the derivative zero everywhere in its mean and std",
+    "Poisson": "a drawn sample has the derivative zero everywhere in its rate",
+    "Bernoulli": "a drawn sample has the derivative zero everywhere in its probabilities",
     "Where": "the other branch is chosen for every element",
     "Max": "the other argument is larger for every element",
     "Sigmoid": "every element is saturated, so that the derivative underflows to zero",
@@ -153,7 +192,14 @@ _WHY_ZERO = {
 }
 
 
-def _why_zero(node: str) -> str:
+def _why_stopped(stop: Stop) -> str:
+    node = stop.name
+    if stop.kind == "hooked":
+        return "a hook on it (`register_hook`) turns a gradient that is not zero into zeros"
+    if stop.kind == "cancelled":
+        return "it is used several times, and the gradients of its uses cancel: what is added is taken off again"
+    if stop.kind == "dropped":
+        return f"{node.removesuffix('Backward')}.backward returns None in the place of its gradient"
     for name, text in _WHY_ZERO.items():
         if node.startswith(name):
             return f"{node} lets no gradient through: {text}"

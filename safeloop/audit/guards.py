@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 
 from safeloop.autograd.parameter_ledger import ParameterLedger
+from safeloop.autograd.recomputation import RecomputationGuard
 from safeloop.autograd.recomputed import recomputed_leaves
 from safeloop.autograd.saved import SavedTensorGuard
 from safeloop.autograd.writes import WriteLog
+from safeloop.checks.graph.recomputed import RecomputedOtherwise
 from safeloop.checks.graph.unseen import ParameterChangedUnseen, SavedTensorChangedUnseen
 from safeloop.faults import Fault
 
@@ -28,6 +30,8 @@ class Guards:
         self._model = model
         self._guard = SavedTensorGuard(parameters, writes=writes)
         self._ledger = ParameterLedger(parameters, writes=writes)
+        self._recomputation = RecomputationGuard(model.buffers)
+        self._is_explained = False
         self._following: ExitStack | None = None
 
     def start(self) -> None:
@@ -37,10 +41,12 @@ class Guards:
             self._following = ExitStack()
             self._following.enter_context(self._ledger.follow(self._model))
         self._guard.start()
+        self._recomputation.start()
 
     def stop(self) -> None:
         """The forward is over; what it has saved stays guarded until its graph is gone."""
         self._guard.stop()
+        self._recomputation.stop()
         if self._following is not None:
             self._following.close()
             self._following = None
@@ -51,10 +57,13 @@ class Guards:
             return []
         leaves = recomputed_leaves(roots)
         changes = self._ledger.changed(only=leaves) if leaves else ()
+        self._is_explained = bool(changes)
         return list(ParameterChangedUnseen.find(changes, model=self._model, terms_source=source, where=where))
 
     def after_backward(self, source: str, where: str) -> list[Fault]:
-        """Faults of tensors that a backward pass has found written. One sync on an accelerator."""
+        """Faults of tensors that a backward pass has found written or recomputed otherwise; a sync on accelerators."""
         changes = self._guard.verify()
         self._guard.findings.clear()
-        return list(SavedTensorChangedUnseen.find(changes, model=self._model, terms_source=source, where=where))
+        faults = list(SavedTensorChangedUnseen.find(changes, model=self._model, terms_source=source, where=where))
+        differences = self._recomputation.verify()
+        return faults if self._is_explained else [*faults, *RecomputedOtherwise.find(differences, where)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from safeloop.faults import Fault, FaultError
+
+_NUMBERED = re.compile(r"\b(?:step|iteration) \d+")
+"""What tells two sights of one fault apart and is none of it."""
 
 Listener = Callable[[Fault, int, int], None]
 """Called with a fault, the step, and how often it was seen: at the first time only, and again at the end of the run."""
@@ -63,7 +67,7 @@ class FaultLedger:
         return bool(fault.names) and all(any(fnmatchcase(name, p) for p in patterns) for name in fault.names)
 
     def _record(self, fault: Fault, step: int) -> None:
-        known = self._keys.setdefault((fault.code, fault.where, " ".join(fault.names)), fault)
+        known = self._keys.setdefault((fault.code, _NUMBERED.sub("", fault.where), " ".join(fault.names)), fault)
         self._counts[known] = self._counts.get(known, 0) + 1
         if self.listener is not None and self._counts[known] == 1:
             self.listener(known, step, 1)

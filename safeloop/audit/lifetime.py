@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from safeloop.audit.opened import opened
 from safeloop.audit.shims import autocast_depth
 from safeloop.autograd.sites import Site, is_user_code
 from safeloop.autograd.survey import Survey, leaves_below
@@ -38,6 +40,7 @@ class Lifetimes:
         self._updated: dict[int, int] | None = None
         self._suspect: Fault | None = None
         self._told: set[str] = set()
+        self._tape: Tape | None = None
 
     def begin(self, first_node: int) -> None:
         """An iteration begins, whose first node will have this sequence number."""
@@ -55,16 +58,17 @@ class Lifetimes:
         At once for stale autocast copies; for others when the graph spans two earlier iterations, since one may be a
         loop that makes the graph of the next iteration ahead. `suspect` holds the fault meanwhile.
         """
+        self._tape = tape
         for node, older in found.old:
             leaves = [self._names[key] for key in leaves_below(older) if self._is_stale(key, older._sequence_nr())]
             if not leaves:
                 continue
-            origin = tape.origins.get(node._sequence_nr())
+            origin = tape.origin_of(node._sequence_nr())
             place = at(origin.site, origin.name) if origin is not None else at(site, "the backward pass")
             if older.name().startswith("ToCopy") and autocast_depth():
                 yield from self._once(_stale(leaves, site, iteration))
                 continue
-            fault = _reaches_back(older, leaves, place, site)
+            fault = _reaches_back(older, leaves, place, site, _holder_of(older))
             self._suspect = fault
             if len(self._starts) > 1 and _oldest(older) < self._starts[-2]:
                 yield from self._once(fault)
@@ -83,7 +87,7 @@ class Lifetimes:
         if len(self._starts) <= _GROWN or GraphReachesBack.code in self._told:
             return
         shown: set[int] = set()
-        for name, value in holders:
+        for name, value in opened(holders):
             spans: set[int] = set()
             kept = [(tensor, self._spanned(tensor)) for tensor in _tensors(value)]
             for tensor, old in kept:
@@ -93,16 +97,23 @@ class Lifetimes:
                 shown |= {id(tensor) for tensor, old in kept if old}
             if len(spans) >= _GROWN and name not in self._told:
                 self._told.add(name)
+                site = self._made_at(tensor for tensor, _ in kept)
                 yield GraphsKept.fault(
                     f"`{name}` keeps the graphs of {counted(len(spans), 'earlier iteration')} alive, one more with "
                     "each",
-                    where=f"`{name}`",
+                    where=f"`{name}`" if site is None else f"`{name}`, made at {at(site, '')}",
                     why="a tensor that is kept keeps its whole graph, with every activation that it saved: memory "
                     "grows, and a later backward pass would go through all of it",
                     fix=f"keep the value alone: `.item()` for a number, `.detach()` for a tensor, or update `{name}` "
                     "under torch.no_grad()",
                     names=(name,),
                 )
+
+    def _made_at(self, kept: Iterable[Tensor]) -> Site | None:
+        """The user's line that made the youngest of some tensors."""
+        numbers = [int(tensor.grad_fn._sequence_nr()) for tensor in kept if tensor.grad_fn is not None]
+        origin = self._tape.origins.get(max(numbers, default=-1)) if self._tape is not None else None
+        return None if origin is None else origin.site
 
     def _spanned(self, tensor: Tensor) -> set[int]:
         """The earlier iterations, the last one left out, that a tensor's graph has nodes of."""
@@ -146,15 +157,28 @@ def _oldest(node: Any) -> int:
     return lowest
 
 
-def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None) -> Fault:
+def _reaches_back(older: Any, leaves: list[str], place: str, site: Site | None, holder: str) -> Fault:
+    through = f"`{holder}` (`{older.name()}`)" if holder else f"`{older.name()}`"
+    state = holder or "state"
+    backward = "" if site is None else at(site, "")
     return GraphReachesBack.fault(
-        f"the loss reaches back into the graph of an earlier iteration, through `{older.name()}`, to {listed(leaves)}",
-        where=place if site is None else f"{place}; {at(site, '')}",
-        why="a state that is carried from batch to batch was not detached: each backward pass goes through all "
-        "iterations before it, whose weights have changed since. retain_graph=True only hides the first error",
-        fix="cut it at the border: `state = state.detach()` before the next batch",
+        f"the loss reaches back into the graph of an earlier iteration, through {through}, to {listed(leaves)}",
+        where="; ".join(dict.fromkeys(filter(None, (place, backward)))),
+        why="a state that is carried from batch to batch was not detached, or a value was computed once before the "
+        "loop: each backward pass goes through iterations before it, whose weights have changed since. "
+        "retain_graph=True only hides the first error",
+        fix=f"cut it at the border, by `{state} = {state}.detach()` before the next batch, or compute it anew in each "
+        "iteration",
         names=leaves,
     )
+
+
+def _holder_of(node: Any) -> str:
+    """The variable of a running function of the user's that holds what this node has made; empty for none."""
+    for name, value in holders_of_frames(sys._getframe(1)):
+        if any(tensor.grad_fn is node for tensor in _tensors(value)):
+            return name
+    return ""
 
 
 def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:
@@ -194,9 +218,9 @@ def holders_of_frames(frame: FrameType | None, *, unless: str = "") -> Iterator[
 
 
 def holders_of_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of the modules that are neither parameters nor buffers nor modules."""
+    """Attributes of the modules that are neither parameters nor modules."""
     for path, module in model.named_modules():
-        for key, value in module.__dict__.items():
+        for key, value in (*module.__dict__.items(), *module._buffers.items()):
             if not key.startswith("_"):
                 yield f"{path}.{key}" if path else key, value
 

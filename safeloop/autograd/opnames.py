@@ -102,6 +102,22 @@ ESCAPES = frozenset(
 )
 """Functions whose result is no tensor: a value that leaves torch."""
 
+SHAPES_ONLY = frozenset(
+    [
+        *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+        *("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"),
+    ]
+)
+"""Functions that ask a tensor for its shape alone: nothing of its value is in their result."""
+
+COMPARISONS = frozenset(
+    [
+        *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+        *("isnan", "isinf", "isfinite", "isclose", "allclose", "equal", "all", "any", "__bool__", "__contains__"),
+    ]
+)
+"""Functions that a program also calls to look at a value, as in an assertion."""
+
 _REASONS = {
     "detach": "`detach()`",
     "detach_": "`detach_()`",

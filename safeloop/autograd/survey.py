@@ -71,12 +71,14 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
     return found
 
 
-def leaves_below(node: Any) -> dict[int, Tensor]:
-    """id -> leaf, of what lies below a node."""
+def leaves_below(*nodes: Any, beside: str = "") -> dict[int, Tensor]:
+    """id -> leaf, of what lies below some nodes; not of what only nodes of the kind `beside` lead to."""
     leaves: dict[int, Tensor] = {}
-    waiting, seen = [node], {node}
+    waiting, seen = list(nodes), set(nodes)
     while waiting:
         current = waiting.pop()
+        if beside and current.name().startswith(beside):
+            continue
         if current.name() == _LEAF:
             leaves[id(current.variable)] = current.variable
         for following, _ in current.next_functions:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from safeloop.autograd.opnames import ASKS, ESCAPES, cut_reason, name_of, writes_to
+from safeloop.autograd.opnames import ASKS, ESCAPES, SHAPES_ONLY, cut_reason, name_of, writes_to
 from safeloop.autograd.sites import Site, site_of, user_frame
 from safeloop.autograd.writes import WriteLog
 from safeloop.faults import FaultError
@@ -198,7 +198,7 @@ class Tape(TorchFunctionMode):
         out = func(*args, **kwargs)
         frame = None
         try:
-            if name not in _OF_GRADIENTS:
+            if name not in _OF_GRADIENTS and name not in SHAPES_ONLY:
                 frame = self._follow(name, tensors, out)
             if tensors and writes_to(name):
                 frame = frame or user_frame(2)
@@ -232,6 +232,15 @@ class Tape(TorchFunctionMode):
     def site_of(self, tensor: Tensor) -> Site | None:
         """The user's line that made a scalar; None where it is not known."""
         return self._state(tensor).site
+
+    def origin_of(self, number: int) -> Origin | None:
+        """The call that made a node of this number, also one inside of a call of several nodes, such as an LSTM.
+
+        The nodes of a call come before the one of its result, which is the one that is noted.
+        """
+        if number < self.first_node:
+            return None
+        return self.origins.get(min((n for n in self.origins if n >= number), default=-1))
 
     def first_use_of(self, bit: int) -> Site | None:
         """The user's line that used a parameter first."""

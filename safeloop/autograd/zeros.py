@@ -1,12 +1,15 @@
-"""Finds the operations in which a gradient becomes exactly zero."""
+"""Finds the operations in which a gradient becomes exactly zero, or ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import linecache
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
+from safeloop.autograd.sites import Site, code_name
 from safeloop.autograd.survey import leaves_below
 
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -15,6 +18,7 @@ _PASSES_ON = (
     *("T", "Transpose", "Permute", "Cat", "Stack", "ToCopy", "Alias", "AsStrided", "Repeat", "CumSum", "Movedim"),
 )
 """Nodes whose derivative is never zero: what becomes zero there was cancelled, as in a loss that no shift changes."""
+Kind = Literal["zero", "empty", "dropped", "hooked", "cancelled"]
 
 
 class Stop(NamedTuple):
@@ -24,8 +28,11 @@ class Stop(NamedTuple):
     number: int
     leaves: frozenset[int]
     """ids of the leaves that lie behind it"""
-    is_empty: bool = False
-    """whether it was run on a batch of no sample"""
+    kind: Kind = "zero"
+    """`empty`: it was run on a batch of no sample; `dropped`: a custom function that returns None; `hooked`: a hook on
+    its result has made a gradient zero; `cancelled`: the gradients of several uses of its result add up to zero"""
+    site: Site | None = None
+    """where the custom function or the hook was written"""
 
 
 class ZeroTrace:
@@ -38,7 +45,10 @@ class ZeroTrace:
 
     def __init__(self, roots: Iterable[Tensor], most: int = 20_000) -> None:
         self._handles: list[Any] = []
-        self._stops: list[tuple[Any, list[Any], bool]] = []
+        self._stops: list[tuple[Any, list[Any], Kind]] = []
+        self._givers: dict[Any, list[Any]] = {}
+        """node -> those that gave it a gradient that is not zero, before any hook on its result"""
+        self._silent: set[Any] = set()
         waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
         seen: set[Any] = set(waiting)
         while waiting and len(seen) <= most:
@@ -55,34 +65,96 @@ class ZeroTrace:
         def look(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
             taken = [g for g in grad_outputs if g is not None]
             if taken and all(not g.numel() for g in taken):
-                self._stops.append((node, [node], True))
-            elif any(map(_any, taken)) and node.name().partition("Backward")[0] not in _PASSES_ON:
-                given = [(g, following) for g, (following, _) in zip(grad_inputs, node.next_functions, strict=False)]
-                ways = [(g, following) for g, following in given if g is not None and following is not None]
-                stopped = [following for g, following in ways if not _any(g)]
-                if len(stopped) < len(ways):  # its own weights may cancel; what is behind its input is stopped
-                    stopped = [following for following in stopped if not _is_parameter(following)]
-                if stopped:
-                    self._stops.append((node, stopped, False))
+                self._stops.append((node, [node], "empty"))
+            elif any(map(_any, taken)):
+                self._passed(node, grad_inputs)
+            elif taken:
+                self._silent.add(node)
 
         return look
+
+    def _passed(self, node: Any, given: Sequence[Tensor | None]) -> None:
+        """A node that took in something: what it gave on."""
+        edges = list(zip(given, node.next_functions, strict=False))
+        ways = [(g, following) for g, (following, _) in edges if g is not None and following is not None]
+        for g, (following, index) in edges:
+            if g is not None and following is not None and _fits(g, following, index) and _any(g):
+                self._givers.setdefault(following, []).append(node)
+        if isinstance(node, BackwardCFunction):
+            dropped = [following for g, (following, _) in edges if g is None and following is not None]
+            if dropped:
+                self._stops.append((node, dropped, "dropped"))
+        if node.name().partition("Backward")[0] in _PASSES_ON:
+            return
+        stopped = [following for g, following in ways if not _any(g)]
+        if len(stopped) < len(ways):  # its own weights may cancel; what is behind its input is stopped
+            stopped = [following for following in stopped if not _is_parameter(following)]
+        if stopped:
+            self._stops.append((node, stopped, "zero"))
 
     def finish(self) -> list[Stop]:
         """Take the hooks away; the nodes that let nothing through, the one nearest to the loss first."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        stops = [*self._stops]
+        for node in self._silent:
+            if givers := self._givers.get(node):
+                stops.append((node, [node], "hooked" if len(givers) == 1 else "cancelled"))
         found = [
             Stop(
                 node.name(),
-                int(node._sequence_nr()),
+                max(int(n._sequence_nr()) for n in (self._givers[node] if kind == "cancelled" else [node])),
                 frozenset().union(*(leaves_below(way) for way in ways)),
-                is_empty,
+                kind,
+                _written(node) if kind == "dropped" else None,
             )
-            for node, ways, is_empty in self._stops
+            for node, ways, kind in stops
         ]
+        found += self._given_leaves()
         self._stops.clear()
-        return sorted(found, key=lambda stop: (not stop.is_empty, -stop.number))
+        self._silent.clear()
+        self._givers.clear()
+        return sorted(found, key=lambda stop: (stop.kind != "empty", -stop.number))
+
+    def _given_leaves(self) -> Iterable[Stop]:
+        """Leaves that were given something: where it became zero, by hooks of their own, or since it cancels."""
+        for node, givers in self._givers.items():
+            if node.name() != _LEAF:
+                continue
+            leaf = frozenset([id(node.variable)])
+            if (hook := _hook_of(node.variable)) is not None:
+                yield Stop(node.name(), -1, leaf, "hooked", _site(hook))
+            elif len(givers) > 1:
+                yield Stop(node.name(), max(int(giver._sequence_nr()) for giver in givers), leaf, "cancelled")
+
+
+def _hook_of(leaf: Tensor) -> Callable[..., Any] | None:
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(leaf, name, None):
+            return next(iter(hooks.values()))  # type: ignore[no-any-return]
+    return None
+
+
+def _site(function: Any) -> Site | None:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    line = code.co_firstlineno
+    while linecache.getline(code.co_filename, line).lstrip().startswith("@"):  # a decorator says nothing
+        line += 1
+    return Site(code.co_filename, line, code_name(code))
+
+
+def _written(node: Any) -> Site | None:
+    """Where the backward of a custom function was written."""
+    return _site(getattr(getattr(node, "_forward_cls", None), "backward", None))
+
+
+def _fits(gradient: Tensor, node: Any, index: int) -> bool:
+    """Whether a gradient has the shape of what it is of; else torch sums it, and it may become zero there."""
+    known = getattr(node, "_input_metadata", ())
+    return index < len(known) and tuple(known[index].shape) == tuple(gradient.shape)
 
 
 def _is_parameter(node: Any) -> bool:

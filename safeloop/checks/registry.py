@@ -64,7 +64,9 @@ FILES: dict[str, str] = {
     "SL313": "graph/functions.py",  # CustomGradientWrong (warning)
     "SL314": "graph/detached.py",  # PathCutByData (warning)
     "SL315": "graph/leaves.py",  # GradientOfNonLeaf
-    "SL316": "graph/itself.py",  # CopyOfItself (warning)
+    "SL316": "graph/recomputed.py",  # RecomputedOtherwise
+    "SL317": "graph/samples.py",  # SampleWithoutGradient (warning)
+    "SL318": "graph/itself.py",  # CopyOfItself (warning)
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
@@ -86,6 +88,7 @@ FILES: dict[str, str] = {
     "SL423": "terms/hand_made.py",  # PenaltyThroughBatchNorm (warning)
     "SL424": "gradients/flow.py",  # TermAlwaysZero (warning)
     "SL425": "terms/hand_made.py",  # PartOfSumWithoutGradient (warning)
+    "SL426": "terms/contained.py",  # TermContainsAnother (warning)
     "SL430": "penalties/declared.py",  # PenaltyNotDeclared
     "SL431": "penalties/declared.py",  # PenaltyMisdeclared
     "SL432": "penalties/point.py",  # PenaltyOfWrongShape

@@ -17,6 +17,7 @@ from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.itself import CopyOfItself
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
+from safeloop.checks.graph.samples import SampleWithoutGradient
 from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
 from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
 from safeloop.checks.setup.containers import ModulesInPlainContainer
@@ -27,6 +28,7 @@ from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParamete
 from safeloop.checks.setup.patterns import PatternMatchesNothing
 from safeloop.checks.setup.rates import GroupRateZero, LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
+from safeloop.checks.terms.contained import TermContainsAnother
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
 from safeloop.checks.terms.hand_made import (
@@ -80,6 +82,7 @@ _TERMS = (
     TermHasNoGradientPath,
     TermIgnoresTheModel,
     TermReachesWhatItDoesNotTrain,
+    TermContainsAnother,
     OperationWithoutSecondDerivative,
 )
 _GRADIENTS = (TermIsNotFinite, NonFiniteGradient)
@@ -127,7 +130,7 @@ def history_faults(view: History, *, is_over: bool) -> list[Fault]:
 
     What may change later in a healthy run, such as a weight that is zero at first, is told when the run is over.
     """
-    checks = (NoGradient, AlwaysZero, VanishingGradient, ExplodingGradient)
+    checks = (NoGradient, AlwaysZero, SampleWithoutGradient, VanishingGradient, ExplodingGradient)
     found = [fault for check in checks for fault in check.find(view)]
     if is_over:
         return _errors_first([*found, *TermAlwaysZero.find(view)])
@@ -143,6 +146,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),
         CheckpointRunsTwice(),
+        SampleWithoutGradient(),
         GradientOfNonLeaf(),
         StatisticsLeftBehind(),
         FrozenStatistics(model, frozen),

@@ -93,3 +93,58 @@ def test_a_model_alone_can_be_watched() -> None:
     with sl.audit(model=model, on_fault="collect") as audit:
         pass
     assert audit.faults == ()
+
+
+def test_a_parameter_written_between_forward_and_backward_is_named() -> None:
+    model, optimizer = make()
+    with pytest.raises(RuntimeError), sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        loss = model(torch.randn(4, 3)).square().mean()
+        with torch.no_grad():
+            model[2].weight.mul_(0.5)
+        loss.backward()
+    (fault,) = audit.faults
+    assert (fault.code, fault.names) == ("SL303", ("2.weight",))
+    assert "mul_" in fault.where
+    assert "torch does not say" not in fault.why
+    assert "after the backward pass" in fault.fix
+
+
+class Recurrent(nn.Module):
+    """An LSTM with a head, given its state and returning it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, state: Any) -> Any:
+        h, state = self.lstm(x, state)
+        return self.head(h), state
+
+
+def test_the_line_that_reads_a_state_of_an_earlier_iteration_is_told() -> None:
+    model = Recurrent()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hidden = None
+    with pytest.raises(RuntimeError), sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(3):
+            out, hidden = model(torch.randn(5, 2, 3), hidden)
+            optimizer.zero_grad()
+            out.square().mean().backward()
+            optimizer.step()
+            audit.step()
+    fault = next(fault for fault in audit.faults if fault.code == "SL310")
+    assert "self.lstm(x, state)" in fault.where
+
+
+def test_a_value_computed_once_before_the_loop_is_named() -> None:
+    model, optimizer = make()
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        features = model[0](torch.randn(4, 3))
+        for _ in range(4):
+            optimizer.zero_grad()
+            model[2](features.relu()).square().mean().backward(retain_graph=True)
+            optimizer.step()
+            audit.step()
+    fault = next(fault for fault in audit.faults if fault.code == "SL310")
+    assert "`features`" in fault.what
+    assert "features = features.detach()" in fault.fix

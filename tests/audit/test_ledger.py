@@ -23,6 +23,16 @@ def test_a_fault_is_kept_once_with_a_count() -> None:
     assert told == [("SL201", 0)]
 
 
+def test_a_fault_of_every_step_is_one_fault() -> None:
+    ledger = FaultLedger()
+    for step in range(3):
+        ledger.add(
+            [fault(where=f"net.py:7; iteration {step}"), fault("SL501", f"step {step}, before SGD.step()")], step
+        )
+    assert [found.where for found in ledger.faults] == ["net.py:7; iteration 0", "step 0, before SGD.step()"]
+    assert list(ledger.counts.values()) == [3, 3]
+
+
 def test_the_first_error_is_raised_with_all_others() -> None:
     ledger = FaultLedger()
     warning, error, more = fault("SL101"), fault("SL202", severity="error"), fault("SL203", severity="error")

@@ -490,7 +490,7 @@ def a_closure_that_zeroes_last(watch: Any, is_bad: bool) -> None:
             audit.step()
 
 
-@twins("SL316", "mixed with itself")
+@twins("SL318", "mixed with itself")
 def an_average_in_the_memory_of_the_weights(watch: Any, is_bad: bool) -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.01)
@@ -503,7 +503,7 @@ def an_average_in_the_memory_of_the_weights(watch: Any, is_bad: bool) -> None:
                     shadow[name].mul_(0.9).add_(weight, alpha=0.1)
 
 
-@twins("SL316", "best")
+@twins("SL318", "best")
 def the_best_state_is_the_latest(watch: Any, is_bad: bool) -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.01)

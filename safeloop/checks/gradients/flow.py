@@ -75,16 +75,19 @@ class NoGradient(Check):
         """One fault for all parameters with one cause."""
         groups: dict[tuple[str, str, bool], list[str]] = {}
         for name, trace in view.traces.items():
-            if trace.steps and trace.absent == trace.steps and name not in view.routed:
-                cause = trace.cause
+            cause = trace.cause
+            is_dropped = cause is not None and cause.kind == "dropped" and trace.dropped == trace.steps
+            if trace.steps and (is_dropped or trace.absent == trace.steps) and name not in view.routed:
                 text, site = ("", None) if cause is None else (cause.text, cause.site)
                 groups.setdefault((text, at(site, ""), name in view.optional), []).append(name)
-        for (text, place, is_optional), names in groups.items():
+        for (text, place, is_optional), found in groups.items():
+            names = view.ordered(found)
             trace = view.traces[names[0]]
             cause = trace.cause
+            others = () if cause is None else cause.others
             yield cls.fault(
                 f"{listed(names)} got no gradient on any of {trace.steps} steps",
-                where=place or view.where,
+                where=place + "".join(f"; also cut off at {at(site, '')}" for site in others) or view.where,
                 why=text or "no loss depends on them, or every path to them is cut",
                 fix=_FIXES["unused" if cause is None else cause.kind],
                 severity="warning" if is_optional else None,
@@ -98,6 +101,7 @@ _FIXES = {
     "escape": "use their result in a loss, without leaving torch; freeze them by "
     "`requires_grad_(False)` where they are "
     "not to be trained",
+    "dropped": "return a gradient for each argument of `forward` that may need one (`ctx.needs_input_grad` says which)",
     "unused": "use them in the forward, remove them, or freeze them by `requires_grad_(False)`",
 }
 
@@ -107,8 +111,9 @@ class AlwaysZero(Check):
 
     ## What it does
     Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of
-    at least 5, the operation that lets nothing through is looked for in the graph, and told with its line. Cost: a
-    norm for each gradient; hooks on the graph for one backward pass where something is zero.
+    at least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line.
+    An error where the derivative of that operation is zero everywhere, as of a rounding: no value can revive it. Cost:
+    a norm for each gradient; hooks on the graph for one backward pass where something is zero.
 
     ## Why it is bad
     The parameter does not learn, although it is connected: a ReLU whose units are all inactive, a saturated clamp or
@@ -155,16 +160,31 @@ class AlwaysZero(Check):
         groups: dict[tuple[str, str], list[str]] = {}
         for name, trace in view.traces.items():
             is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
-            if is_zero and trace.cause is not None and trace.cause.kind == "zero":
+            if is_zero and trace.cause is not None and trace.cause.kind in _SHOWN:
                 groups.setdefault((trace.cause.text, at(trace.cause.site, "")), []).append(name)
-        for (text, place), names in groups.items():
+        for (text, place), found in groups.items():
+            names = view.ordered(found)
             yield cls.fault(
                 f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",
                 where=place or view.where,
                 why=text,
-                fix="look at the values that go into that operation: a bias far off, a scale, a weight of zero",
+                fix=next((fix for word, fix in _ZERO_FIXES.items() if word in text), _VALUES),
+                severity="error" if "zero everywhere" in text else None,
                 names=names,
             )
+
+
+_FLAT = (
+    "use a smooth function in its place (tanh, softmax), a straight-through estimator `x + (hard - x).detach()`, or "
+    "for a sample `mean + std * torch.randn_like(std)`, which `rsample()` of a distribution does"
+)
+_ZERO_FIXES = {
+    "zero everywhere": _FLAT,
+    "a hook": "correct the hook; to keep a whole parameter from training, use `requires_grad_(False)`",
+    "cancel": "look for a detach() that is missing: a straight-through estimator is `x + (hard - x).detach()`",
+}
+_SHOWN = ("zero", "hooked", "cancelled")
+_VALUES = "look at the values that go into that operation: a bias far off, a scale, a weight of zero"
 
 
 class TermAlwaysZero(Check):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from safeloop.autograd.sites import Site
@@ -18,7 +18,10 @@ class Cause:
     module: str = ""
     kind: str = "cut"
     """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
-    `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample"""
+    `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample; `dropped`: a custom function
+    returns None; `hooked`: a hook returns zeros; `cancelled`: its uses cancel"""
+    others: tuple[Site, ...] = ()
+    """other lines where their value was cut off, which may be the guilty ones"""
 
 
 @dataclass(slots=True)
@@ -28,6 +31,8 @@ class Trace:
     steps: int = 0
     absent: int = 0
     """steps without a gradient"""
+    dropped: int = 0
+    """steps without a gradient although the graph of a loss leads to it"""
     zero: int = 0
     """steps with a gradient of zeros"""
     unused: int = 0
@@ -37,6 +42,20 @@ class Trace:
     largest: float = 0.0
     smallest: float = float("inf")
     cause: Cause | None = None
+
+
+SAMPLED, SCORED = "sampled", "scored"
+"""Marks on a tape: drawn from a distribution without a gradient; compared with its mean, as by a log-probability."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A line that draws samples which go into losses."""
+
+    names: tuple[str, ...]
+    """the parameters that its distribution depends on, and that the losses reach in another way"""
+    steps: int = 0
+    is_scored: bool = False
 
 
 @dataclass(slots=True)
@@ -51,9 +70,15 @@ class History:
     terms_zero: dict[str, int] = field(default_factory=dict)
     """loss term -> steps on which it was exactly 0 although it has a graph; removed once it was not"""
     term_sites: dict[str, str] = field(default_factory=dict)
+    samples: dict[Site | None, Sampled] = field(default_factory=dict)
     total: float = 0.0
     """the largest norm of all gradients together"""
     routed: frozenset[str] = frozenset()
     """parameters of modules that share a container with others that are used on some steps only"""
     optional: frozenset[str] = frozenset()
     """parameters of modules that are never used, while others of the same container are: they may come later"""
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Names of parameters, in the model's order."""
+        places = {name: place for place, name in enumerate(self.dimensions)}
+        return sorted(names, key=lambda name: places.get(name, len(places)))

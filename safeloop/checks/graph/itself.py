@@ -71,7 +71,7 @@ class CopyOfItself(CallCheck):
     https://github.com/thunlp/OpenKE/pull/131; https://github.com/zhangj111/astnn/issues/8.
     """
 
-    code = "SL316"
+    code = "SL318"
     title = "copy of the weights is the weights"
     severity = "warning"
     hears: ClassVar[frozenset[str]] = frozenset((*_SCALES, *_ADDS, *_LERPS, *_LOADS))

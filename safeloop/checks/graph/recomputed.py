@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 from torch.utils import checkpoint
 
+from safeloop.autograd.recomputation import Difference
 from safeloop.autograd.tape import Call
-from safeloop.checks.check import CallCheck
+from safeloop.checks.check import CallCheck, Check
 from safeloop.checks.source import at
 from safeloop.faults import Fault
 
@@ -84,6 +85,75 @@ class CheckpointRunsTwice(CallCheck):
             "`momentum = 1 - sqrt(1 - momentum)`",
             names=(module,),
         )
+
+
+class RecomputedOtherwise(Check):
+    """A checkpoint computes other values in the backward pass than it did in the forward.
+
+    ## What it does
+    Reads a projection of every tensor that a region of `torch.utils.checkpoint.checkpoint` saves (not the re-entrant
+    kind), and of the same tensor when the backward pass runs the region again. Differences of rounding, and buffers,
+    are left alone. Cost: two reductions for each of these tensors, twice, on the steps that are looked at in depth.
+
+    ## Why it is bad
+    The backward pass takes the derivative of the second run, and the loss is that of the first: the gradient belongs to
+    neither. torch compares shapes and dtypes alone.
+
+    ## Bad
+    ```python
+    from torch.utils.checkpoint import checkpoint
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return checkpoint(self.model, batch, use_reentrant=False, preserve_rng_state=False).square().mean()
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
+    Run(model=net, data=[torch.randn(8, 4)], optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 1}).fit()
+    ```
+    ## Good
+    ```python
+    from torch.utils.checkpoint import checkpoint
+
+    class Run(sl.Trainer):
+        def loss(self, batch):
+            return checkpoint(self.model, batch, use_reentrant=False).square().mean()
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
+    Run(model=net, data=[torch.randn(8, 4)], optimizers={"type": "SGD", "lr": 0.1}, run={"max_steps": 1}).fit()
+    ```
+    ## Fix
+    Leave `preserve_rng_state` at True. Draw random numbers, read counters and update states outside of the region, and
+    hand them in as arguments. Switch modes after the backward pass.
+
+    ## Source
+    Documentation of `torch.utils.checkpoint`: "the recomputed values must be the same".
+    """
+
+    code = "SL316"
+    title = "recomputation differs"
+
+    @classmethod
+    def find(cls, differences: Iterable[Difference], where: str = "") -> Iterator[Fault]:
+        """A fault for each call of a checkpoint, from what a guard has seen in a backward pass."""
+        for found in differences:
+            made = at(found.made_at, "an unknown line")
+            yield cls.fault(
+                f"a checkpoint gave other values in the backward pass than in the forward, first in a tensor of shape "
+                f"{list(found.shape)}",
+                where="; ".join(filter(None, (at(found.called_at, "a checkpoint"), f"saved at {made}", where))),
+                why="the gradient is that of the second run, and the loss that of the first; "
+                + (_STATE if found.keeps_random_state else _RANDOM),
+                fix="read and write states outside of the region, and hand them in as arguments"
+                if found.keeps_random_state
+                else "leave `preserve_rng_state` at True",
+            )
+
+
+_STATE = (
+    "likely, in this order: the region writes a buffer or an attribute that it reads; a mode was switched or a value "
+    "written in place before the backward pass; it draws random numbers of a generator of its own"
+)
+_RANDOM = "with preserve_rng_state=False dropout and other random numbers are drawn anew"
 
 
 def updates_statistics(call: Call) -> bool:

@@ -80,23 +80,26 @@ class SavedTensorChanged(Check):
         """The fault for an error raised by a backward pass."""
         match = _SAVED.search(scene.message)
         users = f", saved for {saved_for(scene.change)}" if scene.change is not None else ""
+        parameter = scene.change.parameter if scene.change is not None else ""
         written = written_by(scene.change.written_by) if scene.change is not None else ""
         return cls.fault(
-            (
-                _saved(match)
-                if match
-                else "a tensor that the backward pass needs was changed in place after it was saved"
-            )
-            + users,
+            _saved(match, parameter, is_known=scene.change is not None) + users,
             where=joined(saved_at(scene.change), scene.where, written or suspects(scene.model, scene.terms_source)),
-            why="the derivative is computed from the value that was saved; which of the lines wrote it, torch does "
-            "not say",
-            fix="write out of place (`h = h + x` for `h += x`, `x.sub(y)` for `x.sub_(y)`, `inplace=False`), or "
+            why="the derivative is computed from the value that was saved"
+            + ("" if written else "; which of the lines wrote it, torch does not say"),
+            fix="change the parameter after the backward pass, or before the forward"
+            if parameter
+            else "write out of place (`h = h + x` for `h += x`, `x.sub(y)` for `x.sub_(y)`, `inplace=False`), or "
             "clone before writing",
+            names=(parameter,) if parameter else (),
         )
 
 
-def _saved(match: re.Match[str]) -> str:
-    maker = f"output {match['output']} of `{match['op']}`" if match["op"] else "not the result of an operation"
+def _saved(match: re.Match[str] | None, parameter: str, *, is_known: bool) -> str:
+    if match is None:
+        return "a tensor that the backward pass needs was changed in place after it was saved"
+    unmade = "" if is_known else " (not the result of an operation)"
+    maker = f" (output {match['output']} of `{match['op']}`)" if match["op"] else unmade
+    tensor = f"parameter `{parameter}`, as a tensor" if parameter else "a tensor"
     versions = f"version {match['found']}, saved at {match['saved']}"
-    return f"a tensor of shape [{match['shape']}] ({maker}) was changed in place after it was saved: {versions}"
+    return f"{tensor} of shape [{match['shape']}]{maker} was changed in place after it was saved: {versions}"

@@ -13,6 +13,7 @@ from safeloop.checks.source import at
 from safeloop.faults import Fault
 
 _DIFFERENCES = frozenset(["sub", "__sub__", "subtract", "rsub", "__rsub__"])
+_PRODUCTS = frozenset(["mul", "__mul__", "__rmul__", "multiply"])
 _SUMS = frozenset(["mean", "sum"])
 _LOSSES = frozenset(
     (
@@ -26,15 +27,15 @@ class BroadcastInLoss(CallCheck):
     """Predictions [N, 1] and targets [N] are combined element by element, which gives [N, N].
 
     ## What it does
-    Looks at the shapes of subtractions and of the losses of `torch.nn.functional` on the steps that are looked at in
-    depth. A fault is told where one operand depends on trained parameters, the other does not, and they differ by one
-    last dimension of size 1. A mere subtraction is a warning, and is told only where its result is summed over both
-    dimensions; a call of a loss is an error. Cost: none beyond the tape of calls.
+    Looks at the shapes of subtractions, products and of losses of `torch.nn.functional` on the steps that are looked
+    at in depth. A fault is told where one operand depends on trained parameters, the other does not, and they differ by
+    one last dimension of size 1. A mere subtraction or product is a warning, and is told only where its result is
+    summed over both dimensions; a call of a loss is an error. Cost: none beyond the tape of calls.
 
     ## Why it is bad
-    Every prediction is compared with every target. The loss goes down all the same, towards predicting the mean of the
-    batch, and nothing else is learned. torch warns of it in `F.mse_loss` and its like, not in `(a -
-    b).square().mean()`.
+    Every prediction is compared with every target, or every log-probability weighted by every advantage. The loss goes
+    down all the same, towards predicting the mean of the batch, and nothing else is learned. torch warns of it in
+    `F.mse_loss` and its like, not in `(a - b).square().mean()`.
 
     ## Bad
     ```python
@@ -65,7 +66,7 @@ class BroadcastInLoss(CallCheck):
     code = "SL420"
     title = "prediction and target broadcast"
     severity = "warning"
-    hears = _DIFFERENCES | _SUMS | _LOSSES
+    hears = _DIFFERENCES | _PRODUCTS | _SUMS | _LOSSES
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -81,6 +82,8 @@ class BroadcastInLoss(CallCheck):
         a, b = operands
         shape = _outer(a, b)
         if shape is None or bool(call.tape.live(a)) == bool(call.tape.live(b)) or _is_meant(call, a, b):
+            return
+        if call.name in _PRODUCTS and _is_a_layer(call, a, b):
             return
         what = f"`{call.name.strip('_')}` of {list(a.shape)} and {list(b.shape)} broadcast to {shape}"
         if call.name in _LOSSES and call.kwargs.get("reduction") != "none":
@@ -100,7 +103,7 @@ class BroadcastInLoss(CallCheck):
         if place not in self._told:
             self._told.add(place)
             yield self.fault(
-                f"{what}: every prediction is compared with every target",
+                f"{what}: every prediction meets every target or weight",
                 where=place,
                 why="one of the two lacks a dimension; the loss goes down all the same, towards the mean of the "
                 "targets",
@@ -131,6 +134,16 @@ def _is_meant(call: Call, a: Tensor, b: Tensor) -> bool:
     """Whether the prediction was given a dimension by indexing with None just before: all pairs are wanted."""
     prediction = a if call.tape.live(a) else b
     return prediction.dim() > min(a.dim(), b.dim()) and call.tape.maker(prediction) in ("__getitem__", "unsqueeze")
+
+
+def _is_a_layer(call: Call, a: Tensor, b: Tensor) -> bool:
+    """Whether a product is a hand-written layer, of a parameter itself, or was asked for by indexing with None."""
+    return any((t.is_leaf and call.tape.live(t)) or _is_unsqueezed(call, t) for t in (a, b))
+
+
+def _is_unsqueezed(call: Call, tensor: Tensor) -> bool:
+    base = tensor._base
+    return call.tape.maker(tensor) in ("__getitem__", "unsqueeze") or (base is not None and base.dim() < tensor.dim())
 
 
 _SHAPED = (

@@ -46,6 +46,10 @@ RESIDUALS = {
     "log-cosh": lambda z: torch.log(torch.cosh(z - Y)).mean(),
     "gaussian by hand": lambda z: 0.5 * ((Y - z) / 2.0).square().mean(),
     "not reduced at once": lambda z: F.mse_loss(z, Y, reduction="none").mean(),
+    "policy gradient": lambda z: -(F.logsigmoid(z) * Y).mean(),
+    "policy gradient, advantage a column": lambda z: -(Y[:, None].tanh() * F.logsigmoid(z).squeeze(1)).sum(),
+    "cross entropy by hand": lambda z: -(BINARY * F.logsigmoid(z) + (1 - BINARY) * F.logsigmoid(-z)).mean(),
+    "weighted errors": lambda z: torch.mul(Y.abs(), (z - Y[:, None]).square()).mean(),
     "squeezed prediction": lambda z: (z.squeeze(1) - Y.view(-1, 1)).square().mean(),
 }
 
@@ -78,6 +82,9 @@ PAIRS = {
     "a number": lambda z: (z - Y.mean()).square().mean(),
     "one row": lambda z: (z - Y[:1]).square().mean(),
     "both depend on the model": lambda z: (z - z.squeeze(1)).square().mean() + z.square().mean(),
+    "products of pairs": lambda z: (z.squeeze(1)[:, None] * Y).tanh().mean(),
+    "products with an indexed column": lambda z: (z.squeeze(1) * Y[:, None]).tanh().mean(),
+    "a weight for each": lambda z: (z * Y[:, None]).mean() + (z.squeeze(1) * Y).mean(),
     "attention mask": lambda z: (torch.softmax(z @ z.t() + (Y > 0).float().log1p()[None], 1) @ z).square().mean(),
 }
 
@@ -86,6 +93,24 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_that_are_meant_are_not_told(name: str, audited: Any) -> None:
     assert audited(program(1, PAIRS[name]), steps=2) == []
+
+
+def test_a_layer_that_is_written_by_hand_is_not_told(audited: Any) -> None:
+    class Features(nn.Module):
+        """As many features as samples, of one number each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.frequencies = nn.Parameter(torch.linspace(1, 2, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.frequencies).sin()
+
+    def make() -> Any:
+        model = Features()
+        return model, lambda i: model(X[:, :1].tanh()).square().mean()
+
+    assert audited(make, steps=2) == []
 
 
 class Softmax(nn.Module):
