@@ -19,12 +19,15 @@ from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.shims import hookable
 from safeloop.audit.stretch import tell_broken
-from safeloop.checks.stages import setup_faults
+from safeloop.checks.setup.optimizers import NothingToTrain
+from safeloop.checks.stages import loop_setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.ownership import owned_by_identity
 
 OnFault = Literal["warn", "raise", "collect"]
+_LATE = 200
+"""Iterations after which what has had no gradient yet is not waited for any longer."""
 _T = TypeVar("_T")
 
 
@@ -81,7 +84,7 @@ class Audit:
         if self._budget.level == "off":
             return self
         ownership = owned_by_identity(self.model, self.optimizers)
-        self._handle(setup_faults(SetupView(self.model, ownership, self.optimizers)))
+        self._handle(loop_setup_faults(SetupView(self.model, ownership, self.optimizers)))
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._scalers, self._schedulers)
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         self._tick = None if last is None else last.register_step_post_hook(lambda *_: self._stepped())
@@ -102,8 +105,14 @@ class Audit:
         if error is None:
             watch.close()
         elif isinstance(error, Exception) and not isinstance(error, FaultError):
-            faults = [*watch.failed(), *crash_faults(error, self.model, watch)]
+            faults = [*watch.failed(), *crash_faults(error, self.model, watch), *self._all_frozen()]
             self._record(faults)
+
+    def _all_frozen(self) -> list[Fault]:
+        """Behind an error: that nothing was left to train."""
+        if not self.optimizers or any(p.requires_grad for p in self.model.parameters()):
+            return []
+        return list(NothingToTrain.find(SetupView(self.model, owned_by_identity(self.model, self.optimizers))))
 
     def _stepped(self) -> None:
         """An optimizer has stepped; where nobody tells iterations, the last optimizer's step ends one."""
@@ -120,7 +129,7 @@ class Audit:
         self._budget.done(self._step, now - self._started, was_deep=watch.is_deep)
         watch.iterate()
         self._step += 1
-        if self._step == FIRST_STEPS and self._budget.level == "standard":
+        if self._step in (FIRST_STEPS, _LATE) and self._budget.level == "standard":
             watch.first_window_over()
         if self._budget.wants(self._step):
             watch.dive()

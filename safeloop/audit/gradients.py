@@ -36,10 +36,14 @@ class GradientWatch:
         self._ever: set[str] = set()
         self._usage: dict[str, int] = {}
         self._tapes = 0
+        self._wanted: Mapping[str, nn.Parameter] = {}
+        self._before: list[tuple[str, nn.Parameter, Tensor]] = []
+        """parameters without a gradient, and what they were when the history was looked at first"""
 
     def before(self, roots: Sequence[Tensor], tape: Tape, wanted: Mapping[str, nn.Parameter]) -> None:
         """Before a backward pass: why it misses parameters, and hooks where zeros are to be explained."""
         found = survey(*roots)
+        self._wanted = wanted
         ids = {id(p): name for name, p in wanted.items()}
         self._reached |= {ids[key] for key in found.leaves if key in ids}
         self._ever |= self._reached
@@ -81,14 +85,24 @@ class GradientWatch:
             elif math.isfinite(norm):
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
-            if name in norms and trace.cause is not None and trace.cause.kind not in ("zero", "empty"):
+            if name in norms and trace.cause is not None and trace.cause.kind not in ("zero", "empty", "attention"):
                 trace.cause = None
         self._reached.clear()
 
     def finish(self) -> History:
-        """The history, with the parameters of modules that are chosen by the data."""
-        self.history.routed, self.history.optional = _chosen(self._model, self._usage, self._tapes)
-        return self.history
+        """The history, with the parameters of modules that are chosen by the data, and those that have moved since.
+
+        Reads the device, for parameters that had no gradient or only zeros.
+        """
+        history = self.history
+        history.routed, history.optional = _chosen(self._model, self._usage, self._tapes)
+        idle = {n for n, trace in history.traces.items() if trace.steps and trace.absent + trace.zero == trace.steps}
+        if history.windows:
+            history.moved |= {name for name, parameter, old in self._before if has_moved(old, parameter)}
+        else:
+            self._before = [(n, p, p.detach().clone()) for n, p in self._wanted.items() if n in idle]
+        history.windows += 1
+        return history
 
     def _of(self, name: str) -> Trace:
         return self.history.traces.setdefault(name, Trace())
@@ -105,8 +119,16 @@ class GradientWatch:
                     _why_zero(stop.name),
                     origin.site if origin else None,
                     origin.module if origin else "",
-                    "empty" if stop.is_empty else "zero",
+                    "empty" if stop.is_empty else "attention" if stop.is_attention else "zero",
                 )
+
+
+def has_moved(before: Tensor, now: Tensor) -> bool:
+    """Whether a parameter was trained meanwhile: weight decay alone multiplies all of it by one number."""
+    before, now = before.flatten().double(), now.detach().flatten().double()
+    size = before.square().sum()
+    scale = (before * now).sum() / size if size else size
+    return not torch.allclose(now, before * scale, rtol=1e-4, atol=1e-9)
 
 
 def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
@@ -114,14 +136,16 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
     on_the_way = [m for root in roots for m in tape.marks_of(root) if m.kind == "cut" and m.live & bit]
     if on_the_way:
         mark = on_the_way[0]
-        return Cause(
-            f"their value reaches the loss without a gradient path: cut by {mark.reason}", mark.site, mark.module
-        )
+        text = f"their value reaches the loss without a gradient path: cut by {mark.reason}"
+        return Cause(text, mark.site, mark.module, "cut", mark.name, mark.callers)
+    if any(tape.live(root) & bit for root in roots):
+        text = "only a derivative that does not depend on them reaches the loss"
+        return Cause(text, tape.first_use_of(bit), kind="derivative")
     elsewhere = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
     if elsewhere:
         mark = elsewhere[0]
         text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
-        return Cause(text, mark.site, mark.module, "escape")
+        return Cause(text, mark.site, mark.module, "escape", mark.name, mark.callers)
     if tape.used & bit:
         text = "they are used, but nothing that is computed from them reaches a loss"
         return Cause(text, tape.first_use_of(bit), kind="escape")

@@ -21,6 +21,7 @@ from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttrib
 from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
+from safeloop.checks.setup.loop_owners import LoopOwners
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesNothing, UnownedParameter
 from safeloop.checks.setup.rates import LearningRatesFarApart
@@ -62,6 +63,8 @@ _SETUP = (
     TiedByCopy,
     LearningRatesFarApart,
 )
+_OWNERS = (StaleOptimizer, ParameterOwnedTwice, NothingToTrain, UnownedParameter)
+"""What a loop that is not ours must show before it is told: see `LoopOwners`."""
 _TERMS = (
     DeclaredTermMissing,
     TermIsAPythonNumber,
@@ -86,6 +89,11 @@ def setup_faults(view: SetupView) -> list[Fault]:
     return _errors_first(fault for check in _SETUP for fault in check.find(view))
 
 
+def loop_setup_faults(view: SetupView) -> list[Fault]:
+    """The same before a loop that is not ours, without what only the loop can show: who owns what."""
+    return _errors_first(fault for check in _SETUP if check not in _OWNERS for fault in check.find(view))
+
+
 def term_faults(view: TermsView) -> list[Fault]:
     """What is wrong with the returned loss terms, by type, shape and graph; errors first, then the most specific.
 
@@ -102,13 +110,13 @@ def gradient_faults(view: GradientsView) -> list[Fault]:
 def history_faults(view: History, *, is_over: bool) -> list[Fault]:
     """What the gradients of the steps that were looked at show together; nothing is read from the device.
 
-    What may change later in a healthy run, such as a weight that is zero at first, is told when the run is over.
+    What may change later in a healthy run, such as a weight that is zero at first or a head that is used later, is told
+    when the history is looked at again, and has not moved, or when the run is over.
     """
+    view.is_late = is_over or view.windows > 1
     checks = (NoGradient, AlwaysZero, VanishingGradient, ExplodingGradient)
     found = [fault for check in checks for fault in check.find(view)]
-    if is_over:
-        return _errors_first([*found, *TermAlwaysZero.find(view)])
-    return _errors_first(fault for fault in found if not (fault.code == AlwaysZero.code and "factor" in fault.why))
+    return _errors_first([*found, *TermAlwaysZero.find(view)] if is_over else found)
 
 
 def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
@@ -133,6 +141,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
 def event_checks(model: nn.Module) -> list[EventCheck]:
     """The checks of the order of events in a loop that is not ours."""
     return [
+        LoopOwners(model),
         GradientsNotZeroed(),
         GradientsDiscarded(),
         StepWithoutGradients(),

@@ -16,7 +16,9 @@ class UnownedParameter(Check):
     """A trainable parameter belongs to no optimizer and is not declared frozen.
 
     ## What it does
-    Compares the model's parameters that require grad with what the optimizers own, by name, before the first step.
+    Compares the model's parameters that require grad with what the optimizers own, by name, before the first step. In
+    a loop of your own, once a gradient reaches such a parameter: a teacher or target network is no fault, nor is a
+    network in eval mode beside others that train.
 
     ## Why it is bad
     The parameter gets gradients and keeps its initial value for ever. The loss still goes down, through the others.
@@ -73,7 +75,8 @@ class ParameterOwnedTwice(Check):
 
     ## What it does
     Looks for parameters that several optimizers claim: by patterns that overlap, or by being handed to two ready
-    optimizers.
+    optimizers. In a loop of your own, once two of them have stepped on the same gradient: Adam that hands over to
+    LBFGS, or an optimizer for each loss with a backward pass of its own, is well.
 
     ## Why it is bad
     Each optimizer moves the parameter, with a state and a learning rate of its own: it takes two steps where one was
