@@ -270,6 +270,75 @@ def head_that_is_never_used_in_a_long_run() -> sl.Audit:
     return train(net, _sgd(net), lambda i: loss_of(net.head(net.features(torch.randn(8, 4)))), steps=205)
 
 
+@sound
+def hinge_whose_last_bias_cancels_behind_a_weight_of_zero() -> sl.Audit:
+    disc = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    disc[2].weight.data.mul_(0.1)
+
+    def loss(i: int) -> Tensor:
+        factor = 1.0 if i >= 25 else 0.0
+        real, fake = disc(torch.randn(8, 4)), disc(torch.randn(8, 4) + 1)
+        return factor * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+    return train(disc, torch.optim.Adam(disc.parameters(), lr=1e-3), loss)
+
+
+@sound
+def kernel_of_all_pairs() -> sl.Audit:
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-((a - b) ** 2)).mean()
+
+    def loss(i: int) -> Tensor:
+        x, y = net(torch.randn(8, 3)), torch.randn(8)
+        return kernel(x, x.t()) - 2 * kernel(x, y)
+
+    return train(net, _sgd(net), loss, steps=6)
+
+
+@sound
+def half_the_loss_of_each_discriminator() -> sl.Audit:
+    net = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+    optimizer = _sgd(net)
+    with watch(net, optimizer) as audit:
+        for i in range(10):
+            optimizer.zero_grad()
+            for part in net[: 1 if i == 5 else 2]:
+                (0.5 * part(torch.randn(8, 4)).square().mean()).backward()
+            optimizer.step()
+            audit.step()
+    return audit
+
+
+@sound
+def half_a_loss_for_each_of_some_objects() -> sl.Audit:
+    net = nn.Linear(4, 1)
+    optimizer = _sgd(net)
+    with watch(net, optimizer) as audit:
+        for objects in (2, 1, 2, 2, 1, 3, 2, 1, 2, 2):
+            optimizer.zero_grad()
+            for _ in range(objects):
+                (0.5 * net(torch.randn(8, 4)).square().mean()).backward()
+            optimizer.step()
+            audit.step()
+    return audit
+
+
+@bug("SL652")
+def short_last_window() -> sl.Audit:
+    net = nn.Linear(4, 1)
+    optimizer = _sgd(net)
+    with watch(net, optimizer) as audit:
+        for i in range(15):
+            (net(torch.randn(8, 4)).square().mean() / 2).backward()
+            if i % 2 or i == 14:
+                optimizer.step()
+                optimizer.zero_grad()
+            audit.step()
+    return audit
+
+
 class Switched(Net):
     """A body that is not differentiated while it is frozen, said in several ways."""
 

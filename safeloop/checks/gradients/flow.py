@@ -168,11 +168,17 @@ class AlwaysZero(Check):
     def find(cls, view: History) -> Iterator[Fault]:
         """One fault for all parameters with one cause."""
         groups: dict[tuple[str, str], list[str]] = {}
+        cured: set[tuple[str, str]] = set()
         for name, trace in view.traces.items() if view.is_late else ():
-            is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps and name not in view.moved
+            is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
             if is_zero and trace.cause is not None and trace.cause.kind == "zero":
-                groups.setdefault((trace.cause.text, at(trace.cause.site, "")), []).append(name)
+                cause = trace.cause.text, at(trace.cause.site, "")
+                groups.setdefault(cause, []).append(name)
+                if name in view.moved:  # what has let nothing through lets something through now
+                    cured.add(cause)
         for (text, place), names in groups.items():
+            if (text, place) in cured:
+                continue
             yield cls.fault(
                 f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",
                 where=place or view.where,
