@@ -378,6 +378,7 @@ class Cut(Net):
     """The body's path is cut always, and beside it a condition that has nothing to do with it."""
 
     way = "decorated"
+    is_quick = True
 
     @torch.no_grad()
     def decorated(self, x: Tensor) -> Tensor:
@@ -386,13 +387,18 @@ class Cut(Net):
     def features(self, x: Tensor) -> Tensor:
         if self.way == "decorated":
             return self.decorated(x)
+        if self.way == "other":
+            with torch.no_grad() if self.is_quick else contextlib.nullcontext():
+                return torch.tanh(self.body(x))
+        if self.way == "value":
+            return torch.tanh(self.body(x)).detach()
         if x is not None:
             with torch.no_grad():
                 return torch.tanh(self.body(x))
         return x
 
 
-@pytest.mark.parametrize("way", ["decorated", "if"])
+@pytest.mark.parametrize("way", ["decorated", "if", "other", "value"])
 def test_a_path_that_is_always_cut_is_told_after_the_first_steps(way: str) -> None:
     net = Cut()
     net.aux.requires_grad_(False)

@@ -11,7 +11,10 @@ from pathlib import Path
 from safeloop.autograd.sites import Site
 
 _OFF = ("no_grad", "inference_mode")
-_ABOUT_TRAINING = re.compile(r"freez|froz|grad|tun(e|ing)|detach|stop|warm|step|epoch|iter|phase|stage|probe", re.I)
+_ABOUT_TRAINING = re.compile(
+    r"freez|froz|thaw|grad|tun(e|ing)|train(able)?_|_train|detach|stop|warm|updates|step|epoch|iter|phase|stage|probe",
+    re.I,
+)
 _NO_SWITCH = re.compile(r"\bNone\b|isinstance|__name__|\bself\.training\b")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -24,7 +27,8 @@ def is_chosen(sites: Sequence[Site], cut: str) -> bool:
         cut: the function that was called there.
     """
     if cut in ("detach", "detach_"):
-        return bool(sites) and _is_detached_by_choice(_around(sites[0]))
+        around = _around(sites[0]) if sites else []
+        return bool(around) and _is_detached_by_choice(around)
     for site in sites:
         verdict = _switch(_around(site))
         if verdict is not None:
@@ -40,48 +44,47 @@ def _switch(around: Sequence[ast.AST]) -> bool | None:
         if not isinstance(node, ast.With | ast.AsyncWith):
             continue
         for item in node.items:
-            if _is_conditional(item.context_expr, around[i:]):
+            if _is_conditional(item.context_expr, around):
                 return True
             if _names(item.context_expr, _OFF):
-                return _is_under_a_choice(around[i + 1 :])
+                return _is_under_a_choice(around[i + 1 :], around)
     return None
 
 
 def _is_conditional(context: ast.expr, around: Sequence[ast.AST]) -> bool:
     """Whether a context is no_grad or not: `no_grad() if frozen else nullcontext()`, `set_grad_enabled(tuned)`."""
     if isinstance(context, ast.Name):
-        function = next((node for node in around if isinstance(node, _Function | ast.Module)), None)
-        values = [] if function is None else _values_of(context.id, function)
-        return any(isinstance(value, ast.IfExp) and _names(value, _OFF) for value in values)
-    if any(isinstance(node, ast.IfExp) and _names(node, _OFF) for node in ast.walk(context)):
-        return True
-    if not isinstance(context, ast.Call) or not _names(context.func, ("set_grad_enabled",)):
-        return False
-    return not all(isinstance(argument, ast.Constant) for argument in context.args)
+        return any(_is_conditional(v, around) for v in _values_of(context.id, around) if not isinstance(v, ast.Name))
+    choices = [node for node in ast.walk(context) if isinstance(node, ast.IfExp) and _names(node, _OFF)]
+    if isinstance(context, ast.Call) and _names(context.func, ("set_grad_enabled",)):
+        return any(_is_about_training(argument, around) for argument in context.args)
+    return any(_is_about_training(choice.test, around) for choice in choices)
 
 
-def _values_of(name: str, function: ast.AST) -> Iterator[ast.expr]:
-    for node in ast.walk(function):
+def _is_about_training(test: ast.expr, around: Sequence[ast.AST]) -> bool:
+    """Whether a condition is, by its names and those that it was made of, one about what is trained when."""
+    names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
+    texts = [ast.unparse(value) for value in (test, *(v for name in names for v in _values_of(name, around)))]
+    return not _NO_SWITCH.search(texts[0]) and any(_ABOUT_TRAINING.search(text) for text in texts)
+
+
+def _values_of(name: str, around: Sequence[ast.AST]) -> Iterator[ast.expr]:
+    """What a local variable is set to in the function around."""
+    for node in ast.walk(around[-1]):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             yield node.value
 
 
 def _is_detached_by_choice(around: Sequence[ast.AST]) -> bool:
-    for i, node in enumerate(around):
-        if isinstance(node, ast.IfExp) and _names(node, ("detach",)):
-            return True
-        if isinstance(node, ast.stmt):
-            inner = [n for n in ast.walk(node) if isinstance(n, ast.IfExp) and _names(n, ("detach",))]
-            return bool(inner) or _is_under_a_choice(around[i + 1 :])
-    return False
+    inner = [node for node in ast.walk(around[0]) if isinstance(node, ast.IfExp) and _names(node, ("detach",))]
+    return any(_is_about_training(choice.test, around) for choice in inner) or _is_under_a_choice(around[1:], around)
 
 
-def _is_under_a_choice(around: Sequence[ast.AST]) -> bool:
-    """Whether the next thing around is an `if` that has another way, or is about what is trained when."""
-    for node in around:
+def _is_under_a_choice(outside: Sequence[ast.AST], around: Sequence[ast.AST]) -> bool:
+    """Whether the next thing outside is an `if` about what is trained when."""
+    for node in outside:
         if isinstance(node, ast.If):
-            test = ast.unparse(node.test)
-            return not _NO_SWITCH.search(test) and bool(node.orelse or _ABOUT_TRAINING.search(test))
+            return _is_about_training(node.test, around)
         if not isinstance(node, ast.With | ast.AsyncWith):
             return False
     return False
