@@ -30,7 +30,7 @@ from safeloop.data.move import resolve_device
 from safeloop.data.source import Source
 from safeloop.declared import declared_losses, declared_metrics
 from safeloop.drafting import wants_several_passes
-from safeloop.evaluation import preserved
+from safeloop.evaluation import enter_training, preserved
 from safeloop.evaluator import Evaluator
 from safeloop.faults import Fault, FaultError
 from safeloop.first_batch import check_terms
@@ -377,8 +377,7 @@ class Trainer:
 
     def _assembled(self) -> Assembly:
         if self._assembly is None:
-            if not self.model.training:
-                self.model.train()
+            enter_training(self.model)
             self.model.to(self.device)
             self._stages = assemble_stages(self._ingredients(), self.device, self._ledger)
             self._assembly = self._stages[0].assembly

@@ -21,12 +21,15 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.shims import hookable
 from safeloop.audit.stray import StrayOptimizers
 from safeloop.audit.stretch import tell_broken
+from safeloop.checks.setup.optimizers import NothingToTrain
 from safeloop.checks.stages import loop_setup_faults
 from safeloop.checks.views import SetupView
 from safeloop.faults import Fault, FaultError
 from safeloop.optim.ownership import owned_by_identity
 
 OnFault = Literal["warn", "raise", "collect"]
+_LATE = 200
+"""Iterations after which what has had no gradient yet is not waited for any longer."""
 _T = TypeVar("_T")
 
 
@@ -110,8 +113,14 @@ class Audit:
         if error is None:
             watch.close()
         elif isinstance(error, Exception) and not isinstance(error, FaultError):
-            faults = [*watch.failed(), *crash_faults(error, self.model, watch)]
+            faults = [*watch.failed(), *crash_faults(error, self.model, watch), *self._all_frozen()]
             self._record(faults)
+
+    def _all_frozen(self) -> list[Fault]:
+        """Behind an error: that nothing was left to train."""
+        if not self.optimizers or any(p.requires_grad for p in self.model.parameters()):
+            return []
+        return list(NothingToTrain.find(SetupView(self.model, owned_by_identity(self.model, self.optimizers))))
 
     def _stepped(self) -> None:
         """An optimizer has stepped; where nobody tells iterations, the last optimizer's step ends one."""
@@ -138,7 +147,7 @@ class Audit:
         except Exception as error:  # our own bug must not end the loop
             watch.broken.append(error)
         self._step += 1
-        if self._step == FIRST_STEPS and self._budget.level == "standard":
+        if self._step in (FIRST_STEPS, _LATE) and self._budget.level == "standard":
             watch.first_window_over()
             self._stray.close()
         if self._budget.wants(self._step):

@@ -239,7 +239,7 @@ class LoopWatch:
 
     def _born(self, fault: Fault, source: Source | None) -> Fault:
         """The fault with the user's line in whose derivative the value was born."""
-        origin = None if source is None else self._open.tape.origins.get(source.number)
+        origin = None if source is None else self._open.tape.origin_of(source.number)
         if source is None or origin is None:
             return fault
         line = at(origin.site, origin.name)

@@ -42,10 +42,14 @@ class GradientWatch:
         self._ever: set[str] = set()
         self._usage: dict[str, int] = {}
         self._tapes = 0
+        self._wanted: Mapping[str, nn.Parameter] = {}
+        self._before: list[tuple[str, nn.Parameter, Tensor]] = []
+        """parameters without a gradient, and what they were when the history was looked at first"""
 
     def before(self, roots: Sequence[Tensor], tape: Tape, wanted: Mapping[str, nn.Parameter]) -> None:
         """Before a backward pass: why it misses parameters, and hooks where zeros are to be explained."""
         found = survey(*roots)
+        self._wanted = wanted
         self._ids = {name: id(p) for name, p in wanted.items()}
         self._reached |= {name for name, key in self._ids.items() if key in found.leaves}
         self._ever |= self._reached
@@ -108,9 +112,19 @@ class GradientWatch:
                 seen.is_scored |= bool(mark.live & scored)
 
     def finish(self) -> History:
-        """The history, with the parameters of modules that are chosen by the data."""
-        self.history.routed, self.history.optional = _chosen(self._model, self._usage, self._tapes)
-        return self.history
+        """The history, with the parameters of modules that are chosen by the data, and those that have moved since.
+
+        Reads the device, for parameters that had no gradient or only zeros.
+        """
+        history = self.history
+        history.routed, history.optional = _chosen(self._model, self._usage, self._tapes)
+        idle = {n for n, trace in history.traces.items() if trace.steps and trace.absent + trace.zero == trace.steps}
+        if history.windows:
+            history.moved |= {name for name, parameter, old in self._before if has_moved(old, parameter)}
+        else:
+            self._before = [(n, p, p.detach().clone()) for n, p in self._wanted.items() if n in idle]
+        history.windows += 1
+        return history
 
     def _of(self, name: str) -> Trace:
         return self.history.traces.setdefault(name, Trace())
@@ -134,11 +148,22 @@ class GradientWatch:
                 trace.cause = Cause(_why_stopped(stop), site, origin.module if origin else "", stop.kind)
 
 
+def has_moved(before: Tensor, now: Tensor) -> bool:
+    """Whether a parameter was trained meanwhile: weight decay alone multiplies all of it by one number."""
+    before, now = before.flatten().double(), now.detach().flatten().double()
+    size = before.square().sum()
+    scale = (before * now).sum() / size if size else size
+    return not torch.allclose(now, before * scale, rtol=1e-4, atol=1e-9)
+
+
 def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
     """Why the parameter that a bit stands for is not reached from the roots, by what the tape has seen."""
     on_the_way = [m for root in roots for m in tape.marks_of(root) if m.kind == "cut" and m.live & bit]
     cuts = [m for m in tape.marks if m.kind == "cut" and m.live & bit]
     elsewhere = sorted((m for m in cuts if m not in on_the_way), key=lambda m: m.name in COMPARISONS)
+    if not on_the_way and any(tape.live(root) & bit for root in roots):
+        text = "only a derivative that does not depend on them reaches the loss"
+        return Cause(text, tape.first_use_of(bit), kind="derivative")
     if on_the_way or elsewhere:
         mark, *others = [*on_the_way, *elsewhere]
         text = f"no path leads from them to a loss; their value left the graph by {mark.reason}"
@@ -147,7 +172,7 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
         told = sorted((m for m in others if m.name not in COMPARISONS), key=lambda m: m.name not in ESCAPES)
         sites = dict.fromkeys(m.site for m in told if m.site is not None and m.site != mark.site)
         kind = "cut" if on_the_way else "escape"
-        return Cause(text, mark.site, mark.module, kind, tuple(sites)[:_OTHERS])
+        return Cause(text, mark.site, mark.module, kind, tuple(sites)[:_OTHERS], mark.name, mark.callers)
     if tape.used & bit:
         text = "they are used, but nothing that is computed from them reaches a loss"
         return Cause(text, tape.first_use_of(bit), kind="escape")
@@ -160,7 +185,7 @@ def _is_stopped(trace: Trace) -> bool:
     return is_zero or (trace.dropped >= _SURELY and trace.dropped == trace.steps)
 
 
-_OF_STOPS = ("zero", "empty", "dropped", "hooked", "cancelled")
+_OF_STOPS = ("zero", "empty", "dropped", "hooked", "cancelled", "attention")
 _WHY_ZERO = {
     "BackwardHookFunction": "a backward hook of the module returns zeros",
     "Relu": "every unit of this ReLU is inactive for the whole batch: its derivative is zero there",

@@ -7,6 +7,7 @@ import linecache
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
@@ -64,6 +65,16 @@ def user_frame(depth: int = 1) -> FrameType | None:
 def site_of(frame: FrameType) -> Site:
     """The line that a frame is on."""
     return Site(frame.f_code.co_filename, frame.f_lineno, code_name(frame.f_code))
+
+
+def sites_above(frame: FrameType, most: int = 6) -> Iterator[Site]:
+    """The user's lines that have called a frame, the nearest first."""
+    above = frame.f_back
+    while above is not None and most:
+        if is_user_code(above.f_code):
+            most -= 1
+            yield site_of(above)
+        above = above.f_back
 
 
 def user_code() -> tuple[CodeType, int] | None:

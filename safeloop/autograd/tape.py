@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from safeloop.autograd.opnames import ASKS, ESCAPES, SHAPES_ONLY, cut_reason, name_of, writes_to
-from safeloop.autograd.sites import Site, site_of, user_frame
+from safeloop.autograd.sites import Site, site_of, sites_above, user_frame
 from safeloop.autograd.writes import WriteLog
 from safeloop.faults import FaultError
 
@@ -45,6 +45,8 @@ class Mark:
     """the sequence number of the node that had made the value; None for a leaf"""
     is_difference: bool = False
     """whether the value was the result of a subtraction, as in a straight-through estimator"""
+    callers: tuple[Site, ...] = ()
+    """the user's lines that had called this one, where grad mode was off: one of them may have switched it"""
 
 
 @dataclass(slots=True)
@@ -313,7 +315,8 @@ class Tape(TorchFunctionMode):
         if not torch.is_grad_enabled() and _in_checkpoint():
             reason = "a re-entrant checkpoint none of whose inputs requires grad"
         is_difference = made in ("sub", "rsub", "__rsub__", "subtract", "__sub__")
-        self.marks.append(Mark("cut", name, reason, site, self.module, live, node, is_difference))
+        callers = () if frame is None or torch.is_grad_enabled() else tuple(sites_above(frame))
+        self.marks.append(Mark("cut", name, reason, site, self.module, live, node, is_difference, callers))
         return 1 << (len(self.marks) - 1)
 
     def _note(self, node: Any, name: str, frame: FrameType | None) -> None:

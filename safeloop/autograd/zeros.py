@@ -6,6 +6,7 @@ import linecache
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -18,7 +19,10 @@ _PASSES_ON = (
     *("T", "Transpose", "Permute", "Cat", "Stack", "ToCopy", "Alias", "AsStrided", "Repeat", "CumSum", "Movedim"),
 )
 """Nodes whose derivative is never zero: what becomes zero there was cancelled, as in a loss that no shift changes."""
-Kind = Literal["zero", "empty", "dropped", "hooked", "cancelled"]
+Kind = Literal["zero", "empty", "dropped", "hooked", "cancelled", "attention"]
+
+_ONE_BY_ONE = ("Softmax", "Mul", "Div", "MaskedFill", "View", "UnsafeView", "ToCopy", "Tanh")
+"""Nodes after which the last dimension of a linear layer's output is still the last one, as a rule."""
 
 
 class Stop(NamedTuple):
@@ -30,7 +34,8 @@ class Stop(NamedTuple):
     """ids of the leaves that lie behind it"""
     kind: Kind = "zero"
     """`empty`: it was run on a batch of no sample; `dropped`: a custom function that returns None; `hooked`: a hook on
-    its result has made a gradient zero; `cancelled`: the gradients of several uses of its result add up to zero"""
+    its result has made a gradient zero; `cancelled`: the gradients of several uses of its result add up to zero;
+    `attention`: it weighs the values of a single key, whatever the query: the weight is 1"""
     site: Site | None = None
     """where the custom function or the hook was written"""
 
@@ -67,14 +72,14 @@ class ZeroTrace:
             if taken and all(not g.numel() for g in taken):
                 self._stops.append((node, [node], "empty"))
             elif any(map(_any, taken)):
-                self._passed(node, grad_inputs)
+                self._passed(node, grad_inputs, taken[0].shape)
             elif taken:
                 self._silent.add(node)
 
         return look
 
-    def _passed(self, node: Any, given: Sequence[Tensor | None]) -> None:
-        """A node that took in something: what it gave on."""
+    def _passed(self, node: Any, given: Sequence[Tensor | None], shape: torch.Size) -> None:
+        """A node that took in something, of this shape: what it gave on."""
         edges = list(zip(given, node.next_functions, strict=False))
         ways = [(g, following) for g, (following, _) in edges if g is not None and following is not None]
         for g, (following, index) in edges:
@@ -90,7 +95,7 @@ class ZeroTrace:
         if len(stopped) < len(ways):  # its own weights may cancel; what is behind its input is stopped
             stopped = [following for following in stopped if not _is_parameter(following)]
         if stopped:
-            self._stops.append((node, stopped, "zero"))
+            self._stops.append((node, stopped, "attention" if _attends_to_one(node, shape) else "zero"))
 
     def finish(self) -> list[Stop]:
         """Take the hooks away; the nodes that let nothing through, the one nearest to the loss first."""
@@ -165,6 +170,29 @@ def _is_parameter(node: Any) -> bool:
             return False
         node = ways[0]
     return True
+
+
+def _attends_to_one(node: Any, shape: torch.Size) -> bool:
+    """Whether a softmax runs over the one item of a sequence, not over the one output of a linear layer."""
+    kind = node.name().partition("Backward")[0]
+    if kind.startswith("ScaledDotProduct"):
+        return True
+    if kind not in ("Softmax", "SafeSoftmax"):
+        return False
+    last, dim = len(shape) - 1, int(node._saved_dim)
+    if shape[dim if dim <= last else dim - 2**64] != 1:
+        return False
+    return dim not in (last, 2**64 - 1) or not _is_linear_output(node)
+
+
+def _is_linear_output(node: Any) -> bool:
+    """Whether the last dimension of what goes into a node is, by all signs, that of a linear layer's outputs."""
+    while (kind := node.name().partition("Backward")[0]) in _ONE_BY_ONE:
+        ways = [following for following, _ in node.next_functions if following is not None]
+        if len(ways) != 1:
+            return False
+        node = ways[0]
+    return kind in ("Addmm", "Mm") and any(_is_parameter(way) for way, _ in node.next_functions if way is not None)
 
 
 def _any(gradient: Tensor) -> bool:

@@ -128,13 +128,13 @@ def gradient_faults(view: GradientsView) -> list[Fault]:
 def history_faults(view: History, *, is_over: bool) -> list[Fault]:
     """What the gradients of the steps that were looked at show together; nothing is read from the device.
 
-    What may change later in a healthy run, such as a weight that is zero at first, is told when the run is over.
+    What may change later in a healthy run, such as a weight that is zero at first or a head that is used later, is told
+    when the history is looked at again, and has not moved, or when the run is over.
     """
+    view.is_late = is_over or view.windows > 1
     checks = (NoGradient, AlwaysZero, SampleWithoutGradient, VanishingGradient, ExplodingGradient)
     found = [fault for check in checks for fault in check.find(view)]
-    if is_over:
-        return _errors_first([*found, *TermAlwaysZero.find(view)])
-    return _errors_first(fault for fault in found if not (fault.code == AlwaysZero.code and "factor" in fault.why))
+    return _errors_first([*found, *TermAlwaysZero.find(view)] if is_over else found)
 
 
 def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:

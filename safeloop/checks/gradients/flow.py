@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from safeloop.checks.check import Check
-from safeloop.checks.gradients.history import History
+from safeloop.checks.gradients.choices import is_chosen
+from safeloop.checks.gradients.history import Cause, History
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
@@ -19,7 +20,10 @@ class NoGradient(Check):
     none of at least 3 reached, with the line that cut their path, where there is one. Experts, layers and branches
     that are chosen by the data or by chance are left alone: members of a container of which others are used on some
     steps only. A member that is never used, beside others that always are, may come later (progressive growing): it
-    is a warning. Cost: a walk over the graph, and the tape of calls.
+    is a warning. A path that is cut on every step is told after 20 steps; a parameter that is not used, at the end or,
+    in a loop of your own, after 200 steps, unless it has moved since. A path that the code cuts under a condition is
+    meant (`no_grad() if self.frozen else nullcontext()`), and so is a bias where only a derivative is trained. Cost: a
+    walk over the graph, and the tape of calls.
 
     ## Why it is bad
     The parameter keeps its initial value, and weight decay may even shrink it. The model is smaller than it looks, and
@@ -77,7 +81,11 @@ class NoGradient(Check):
         for name, trace in view.traces.items():
             cause = trace.cause
             is_dropped = cause is not None and cause.kind == "dropped" and trace.dropped == trace.steps
-            if trace.steps and (is_dropped or trace.absent == trace.steps) and name not in view.routed:
+            is_idle = bool(trace.steps) and (is_dropped or trace.absent == trace.steps)
+            if is_idle and name not in view.routed | view.moved:
+                is_sure = is_dropped or (cause is not None and bool(cause.cut))
+                if (cause is not None and _is_meant(cause)) or not (is_sure or view.is_late):
+                    continue
                 text, site = ("", None) if cause is None else (cause.text, cause.site)
                 groups.setdefault((text, at(site, ""), name in view.optional), []).append(name)
         for (text, place, is_optional), found in groups.items():
@@ -93,6 +101,12 @@ class NoGradient(Check):
                 severity="warning" if is_optional else None,
                 names=names,
             )
+
+
+def _is_meant(cause: Cause) -> bool:
+    """Whether the missing gradient is one by design: thawed later, or not part of a derivative."""
+    sites = () if cause.site is None else (cause.site, *cause.callers)
+    return cause.kind == "derivative" or (bool(cause.cut) and is_chosen(sites, cause.cut))
 
 
 _FIXES = {
@@ -111,9 +125,11 @@ class AlwaysZero(Check):
 
     ## What it does
     Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of
-    at least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line.
-    An error where the derivative of that operation is zero everywhere, as of a rounding: no value can revive it. Cost:
-    a norm for each gradient; hooks on the graph for one backward pass where something is zero.
+    at least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line,
+    at the end or, in a loop of your own, after 200 steps, unless the parameter has moved since: a weight may be zero at
+    first. Attention to a single token gives its query and key no gradient, and is well. An error where the derivative
+    of that operation is zero everywhere, as of a rounding: no value can revive it. Cost: a norm for each gradient;
+    hooks on the graph for one backward pass where something is zero.
 
     ## Why it is bad
     The parameter does not learn, although it is connected: a ReLU whose units are all inactive, a saturated clamp or
@@ -158,11 +174,17 @@ class AlwaysZero(Check):
     def find(cls, view: History) -> Iterator[Fault]:
         """One fault for all parameters with one cause."""
         groups: dict[tuple[str, str], list[str]] = {}
-        for name, trace in view.traces.items():
+        cured: set[tuple[str, str]] = set()
+        for name, trace in view.traces.items() if view.is_late else ():
             is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
             if is_zero and trace.cause is not None and trace.cause.kind in _SHOWN:
-                groups.setdefault((trace.cause.text, at(trace.cause.site, "")), []).append(name)
+                cause = trace.cause.text, at(trace.cause.site, "")
+                groups.setdefault(cause, []).append(name)
+                if name in view.moved:  # what has let nothing through lets something through now
+                    cured.add(cause)
         for (text, place), found in groups.items():
+            if (text, place) in cured:
+                continue
             names = view.ordered(found)
             yield cls.fault(
                 f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",

@@ -19,9 +19,14 @@ class Cause:
     kind: str = "cut"
     """`cut`: its value reaches a loss without a gradient path; `escape`: it leaves torch or is dropped; `unused`;
     `zero`: an operation lets nothing through; `empty`: it was run on batches of no sample; `dropped`: a custom function
-    returns None; `hooked`: a hook returns zeros; `cancelled`: its uses cancel"""
+    returns None; `hooked`: a hook returns zeros; `cancelled`: its uses cancel; `attention`: it chooses among one key
+    only; `derivative`: only a derivative without it reaches a loss"""
     others: tuple[Site, ...] = ()
     """other lines where their value was cut off, which may be the guilty ones"""
+    cut: str = ""
+    """the function that was called where the path ends"""
+    callers: tuple[Site, ...] = ()
+    """the user's lines that had called `site`, where grad mode was off"""
 
 
 @dataclass(slots=True)
@@ -75,6 +80,12 @@ class History:
     """the largest norm of all gradients together"""
     routed: frozenset[str] = frozenset()
     """parameters of modules that share a container with others that are used on some steps only"""
+    moved: set[str] = field(default_factory=set)
+    """parameters that had no gradient, or zeros, and have moved since"""
+    is_late: bool = True
+    """whether what may come later, such as a part that thaws, has had its time"""
+    windows: int = 0
+    """how often the history was looked at"""
     optional: frozenset[str] = frozenset()
     """parameters of modules that are never used, while others of the same container are: they may come later"""
 

@@ -20,7 +20,8 @@ class StaleOptimizer(Check):
 
     ## What it does
     Compares what ready `torch.optim` objects hold with the model's parameters, by identity. It is an error where
-    parameters of the model are left without an owner, which is what a stale optimizer looks like; else a warning.
+    parameters of the model are left without an owner, which is what a stale optimizer looks like; else a warning. In a
+    loop of your own only the error is told, once gradients reach the model's parameters and not those tensors.
 
     ## Why it is bad
     The model was copied, or a layer of it replaced, after the optimizer was built: the optimizer updates the old
@@ -115,7 +116,8 @@ class NothingToTrain(Check):
     """There is nothing to train: no trainable parameter, or an optimizer that owns none.
 
     ## What it does
-    Counts the parameters that require grad, of the model and of each optimizer, before the first step.
+    Counts the parameters that require grad, of the model and of each optimizer, before the first step. In a loop of
+    your own, at its end: an optimizer's part may thaw later.
 
     ## Why it is bad
     The run would take its time and leave every weight as it was.

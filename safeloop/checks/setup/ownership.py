@@ -86,7 +86,8 @@ class ParameterOwnedTwice(Check):
 
     ## What it does
     Looks for parameters that several optimizers claim: by patterns that overlap, or by being handed to two ready
-    optimizers.
+    optimizers. In a loop of your own, once two of them have stepped on the same gradient: Adam that hands over to
+    LBFGS, or an optimizer for each loss with a backward pass of its own, is well.
 
     ## Why it is bad
     Each optimizer moves the parameter, with a state and a learning rate of its own: it takes two steps where one was

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call, Mark
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
@@ -70,6 +71,8 @@ class BroadcastInLoss(CallCheck):
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._pairs: set[Site | None] = set()
+        """lines that have taken all pairs of a column and a row"""
 
     def hear(self, call: Call) -> Iterator[Fault]:
         """Note differences that are outer products; tell those that are summed over both dimensions, and losses."""
@@ -80,10 +83,12 @@ class BroadcastInLoss(CallCheck):
         if operands is None or not isinstance(call.out, Tensor):
             return
         a, b = operands
+        if a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] == 1 < min(len(a), b.shape[1]):
+            self._pairs.add(call.site)
         shape = _outer(a, b)
         if shape is None or bool(call.tape.live(a)) == bool(call.tape.live(b)) or _is_meant(call, a, b):
             return
-        if call.name in _PRODUCTS and _is_a_layer(call, a, b):
+        if call.site in self._pairs or (call.name in _PRODUCTS and _is_a_layer(call, a, b)):
             return
         what = f"`{call.name.strip('_')}` of {list(a.shape)} and {list(b.shape)} broadcast to {shape}"
         if call.name in _LOSSES and call.kwargs.get("reduction") != "none":

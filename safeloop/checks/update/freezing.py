@@ -102,6 +102,10 @@ class FrozenButMoving(EventCheck):
             self._seen[name] = seen
 
 
+_WARM = 10
+"""Steps of training after which a freeze is taken for the end of a warm-up."""
+
+
 class FrozenDuringTraining(EventCheck):
     """Parameters that were trained are frozen in the middle, and stay frozen.
 
@@ -109,6 +113,7 @@ class FrozenDuringTraining(EventCheck):
     Notes which parameters had gradients in some steps and do not require grad in later ones. Speaks when the watch ends
     with parameters that were frozen for the last 3 steps or more, and never restored before: an alternation is well.
     Who sets the gradients of just these to None has frozen them on purpose, and is left alone.
+    Parameters that had trained for 10 steps or more were frozen for good by plan, a warm-up that is over: no fault.
 
     ## Why it is bad
     Something set `requires_grad` to False during training, a probe or a phase of alternating training, and did not
@@ -154,7 +159,8 @@ class FrozenDuringTraining(EventCheck):
     def __init__(self) -> None:
         self._since: Counter[str] = Counter()
         self._first: dict[str, int] = {}
-        self._trained: set[str] = set()
+        self._trained: Counter[str] = Counter()
+        self._warm: set[str] = set()
         self._alternates: set[str] = set()
         self._were_frozen: set[str] = set()
         self._meant: set[str] = set()
@@ -162,8 +168,10 @@ class FrozenDuringTraining(EventCheck):
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """Only notes."""
         if isinstance(event, Update):
-            self._trained |= state.owners[event.owner] - event.absent - event.frozen
-            for name in event.frozen & self._trained:
+            self._trained.update(state.owners[event.owner] - event.absent - event.frozen - self._warm)
+            if len(self._warm) < len(self._trained):
+                self._warm = {name for name, times in self._trained.items() if times >= _WARM}
+            for name in event.frozen & self._trained.keys():
                 self._since[name] += 1
                 self._first.setdefault(name, event.iteration)
             thawed = (state.owners[event.owner] - event.frozen) & self._were_frozen
@@ -173,15 +181,14 @@ class FrozenDuringTraining(EventCheck):
             self._were_frozen |= event.frozen
         elif isinstance(event, Backward):
             self._alternates |= event.reached & self._since.keys()  # frozen for the step alone
-        elif isinstance(event, Zero) and event.parameters <= self._trained and not _trainable(event.parameters, state):
+        elif isinstance(event, Zero) and event.parameters <= self._trained.keys() and not _trainable(event.parameters, state):
             self._meant |= event.parameters  # who clears the gradients of what is frozen knows that it stays so
         return iter(())
 
     def close(self, state: LoopState) -> Iterator[Fault]:
         """Where the watch ends with parameters that were frozen for at least 3 steps."""
-        names = sorted(
-            name for name, times in self._since.items() if times >= 3 and name not in self._alternates | self._meant
-        )
+        well = self._alternates | self._meant | self._warm
+        names = sorted(name for name, times in self._since.items() if times >= 3 and name not in well)
         if not names:
             return
         yield self.fault(

@@ -122,7 +122,8 @@ class TailWindow(EventCheck):
 
     ## What it does
     Notes the number that each loss is divided by, and how many micro-batches a step uses. Speaks at the first step with
-    fewer than that number, after one with exactly as many, if all come from one line.
+    fewer than that number, after one with exactly as many, if all come from one line and reach the same parameters. A
+    half is often a mere weight: there it must have been two passes three times in a row.
 
     ## Why it is bad
     The last window of an epoch is shorter. Its gradient comes out too small by the missing share: with 1 of 8
@@ -167,7 +168,8 @@ class TailWindow(EventCheck):
     severity = "warning"
 
     def __init__(self) -> None:
-        self._full: dict[str, int] = {}
+        self._full: dict[str, tuple[int, frozenset[str]]] = {}
+        self._times: Counter[str] = Counter()
         self._was_told = False
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
@@ -180,10 +182,16 @@ class TailWindow(EventCheck):
         factor = passes[0].factor
         if factor is None or not 0 < factor <= 0.5:
             return
-        length = round(1 / factor)
-        if len(passes) == length and abs(factor * length - 1) < 1e-9:
-            self._full[event.owner] = length
-        if self._full.get(event.owner) != length or len(passes) == length:
+        length, reached = round(1 / factor), {p.reached for p in passes}
+        kind = (length, next(iter(reached)))
+        if len(reached) > 1 or abs(factor * length - 1) > 1e-9 or self._full.get(event.owner, kind) != kind:
+            return
+        if len(passes) == length:
+            self._full[event.owner] = kind
+            self._times[event.owner] += 1
+            return
+        times = self._times.pop(event.owner, 0)
+        if len(passes) >= 2 * length or times < (1 if length > 2 else 3):
             return
         self._was_told = True
         ratio = length / len(passes)
