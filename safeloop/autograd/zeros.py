@@ -39,6 +39,8 @@ class ZeroTrace:
     def __init__(self, roots: Iterable[Tensor], most: int = 20_000) -> None:
         self._handles: list[Any] = []
         self._stops: list[tuple[Any, list[Any], bool]] = []
+        self._fed: set[int] = set()
+        """ids of leaves that some node gave a gradient to: where their sum is zero, the uses cancel each other"""
         waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
         seen: set[Any] = set(waiting)
         while waiting and len(seen) <= most:
@@ -56,13 +58,14 @@ class ZeroTrace:
             taken = [g for g in grad_outputs if g is not None]
             if taken and all(not g.numel() for g in taken):
                 self._stops.append((node, [node], True))
-            elif any(map(_any, taken)) and node.name().partition("Backward")[0] not in _PASSES_ON:
+            elif any(map(_any, taken)):
                 given = [(g, following) for g, (following, _) in zip(grad_inputs, node.next_functions, strict=False)]
                 ways = [(g, following) for g, following in given if g is not None and following is not None]
+                self._fed |= {id(way.variable) for g, way in ways if way.name() == _LEAF and _any(g)}
                 stopped = [following for g, following in ways if not _any(g)]
                 if len(stopped) < len(ways):  # its own weights may cancel; what is behind its input is stopped
                     stopped = [following for following in stopped if not _is_parameter(following)]
-                if stopped:
+                if stopped and node.name().partition("Backward")[0] not in _PASSES_ON:
                     self._stops.append((node, stopped, False))
 
         return look
@@ -76,7 +79,7 @@ class ZeroTrace:
             Stop(
                 node.name(),
                 int(node._sequence_nr()),
-                frozenset().union(*(leaves_below(way) for way in ways)),
+                frozenset().union(*(leaves_below(way) for way in ways)) - self._fed,
                 is_empty,
             )
             for node, ways, is_empty in self._stops
