@@ -81,7 +81,7 @@ FILES: dict[str, str] = {
     "SL422": "terms/hand_made.py",  # PenaltyWithoutGraph
     "SL423": "terms/hand_made.py",  # PenaltyThroughBatchNorm (warning)
     "SL424": "gradients/flow.py",  # TermAlwaysZero (warning)
-    "SL425": "terms/hand_made.py",  # PartOfSumWithoutGradient (warning)
+    "SL425": "terms/sums.py",  # PartOfSumWithoutGradient (warning)
     "SL430": "penalties/declared.py",  # PenaltyNotDeclared
     "SL431": "penalties/declared.py",  # PenaltyMisdeclared
     "SL432": "penalties/point.py",  # PenaltyOfWrongShape
@@ -145,14 +145,16 @@ FILES: dict[str, str] = {
     "SL650": "update/freezing.py",  # FrozenDuringTraining (warning)
     "SL651": "update/freezing.py",  # FrozenButMoving (warning)
     "SL652": "update/windows.py",  # TailWindow (warning)
+    "SL653": "update/overwritten.py",  # TrainedAndOverwritten
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation
-    "SL703": "evaluation/modes.py",  # LeftInEvalMode
+    "SL703": "evaluation/left_in_eval.py",  # LeftInEvalMode
     "SL704": "evaluation/dropout.py",  # DropoutInEvaluation (warning)
     "SL705": "evaluation/modes.py",  # ModeChangedInLoss (warning)
     "SL706": "evaluation/statistics.py",  # FrozenStatistics (warning)
     "SL707": "evaluation/modes.py",  # GradModeLeftOff
+    "SL708": "evaluation/trained.py",  # TrainedInEvaluation
     # SL85: data and environment
     "SL851": "data/source.py",  # EmptyData
     "SL852": "data/source.py",  # BatchCannotMove

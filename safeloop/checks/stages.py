@@ -8,8 +8,10 @@ from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
-from safeloop.checks.evaluation.modes import LeftInEvalMode
+from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
+from safeloop.checks.evaluation.modes import GradModeLeftOff
 from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation
+from safeloop.checks.evaluation.trained import TrainedInEvaluation
 from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZero
 from safeloop.checks.gradients.history import History
 from safeloop.checks.gradients.magnitude import ExplodingGradient, VanishingGradient
@@ -26,18 +28,17 @@ from safeloop.checks.setup.ownership import ParameterOwnedTwice, PatternMatchesN
 from safeloop.checks.setup.rates import LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
 from safeloop.checks.terms.declared import DeclaredTermMissing
+from safeloop.checks.terms.derivatives import DerivativeVanishes
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
-from safeloop.checks.terms.hand_made import (
-    PartOfSumWithoutGradient,
-    PenaltyThroughBatchNorm,
-    PenaltyWithoutGraph,
-)
+from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
 from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
+from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
 from safeloop.checks.update.empty_steps import SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
+from safeloop.checks.update.overwritten import TrainedAndOverwritten
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
 from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
@@ -119,6 +120,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         PenaltyWithoutGraph(),
         PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),
+        DerivativeVanishes(),
         CheckpointRunsTwice(),
         GradientOfNonLeaf(),
         FrozenStatistics(model, frozen),
@@ -127,7 +129,15 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
 
 def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
     """The same for a loop that is not ours, which evaluates by itself."""
-    return [*trainer_call_checks(model, frozen), DropoutInEvaluation(), StatisticsFromValidation()]
+    return [
+        *trainer_call_checks(model, frozen),
+        DropoutInEvaluation(),
+        StatisticsFromValidation(),
+        EveryUpdateSkipped(),
+        LeftInEvalMode(model),
+        GradModeLeftOff(),
+        TrainedAndOverwritten(model),
+    ]
 
 
 def event_checks(model: nn.Module) -> list[EventCheck]:
@@ -146,7 +156,6 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         FrozenDuringTraining(),
         ClippedWhileScaled(),
         ScaledUpdate(),
-        EveryUpdateSkipped(),
         ScaleUpdatedTooEarly(),
         ClipWithoutEffect(),
         ScheduleBeforeStep(),
@@ -154,7 +163,8 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         LearningRateZero(),
         UnevenMicroBatches(),
         TailWindow(),
-        LeftInEvalMode(model),
+        TrainedInEvaluation(model),
+        NonFiniteGradient(),
     ]
 
 
