@@ -75,6 +75,8 @@ class TrainedInEvaluation(EventCheck):
             for path, module in model.named_modules()
             for key in module._parameters
         }
+        self._ends: dict[str, list[nn.Module]] = {}
+        """owner -> the modules that hold its first and its last parameter"""
         self._in_eval: dict[int, bool] = {}
         self._plain: Counter[str] = Counter()
         self._turns: Counter[str] = Counter()
@@ -116,8 +118,11 @@ class TrainedInEvaluation(EventCheck):
         )
 
     def _alternating(self, event: Update, state: LoopState) -> Iterator[Fault]:
-        names = sorted(state.owners[event.owner])
-        is_training = not self._is_in_eval([names[0], names[-1]]) if names else True
+        if event.owner not in self._ends:
+            names = sorted(state.owners[event.owner] & self._holders.keys())
+            self._ends[event.owner] = [self._holders[name] for name in {*names[:1], *names[-1:]}]
+        ends = self._ends[event.owner]
+        is_training = not ends or any(module.training for module in ends)
         if self._was_training.get(event.owner, False) and not is_training:
             self._turns[event.owner] += 1
         self._was_training[event.owner] = is_training

@@ -29,7 +29,7 @@ class NonFiniteGradient(EventCheck):
     ## What it does
     Checks the gradients of every update before it, through the gradient norm; only where that is not finite are they
     searched, one by one. Cost on a healthy step: none beyond the norm. In a loop that is not ours, steps that are not
-    looked at in depth are sampled: one small gradient of each optimizer, on the CPU alone (3 us); what that misses
+    looked at in depth are sampled: one small gradient of each optimizer, on the CPU alone (5 us); what that misses
     shows at the end, in the weights.
 
     A Trainer then runs the step again, bitwise, and names the loss term, the micro-batch, the operation that gave the
