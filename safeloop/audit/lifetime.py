@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ def _stale(leaves: list[str], site: Site | None, iteration: int) -> Fault:
 
 
 def holders_of_frames(frame: FrameType | None, *, unless: str = "") -> Iterator[tuple[str, Any]]:
-    """Local variables of the user's functions that are running, and the attributes of their `self`.
+    """Local variables of the user's functions that are running, with the attributes of the user's own objects.
 
     Args:
         frame: the innermost one.
@@ -212,6 +212,8 @@ def holders_of_frames(frame: FrameType | None, *, unless: str = "") -> Iterator[
                     yield from ((f"self.{key}", held) for key, held in vars_of(value).items())
                 else:
                     yield name, value
+                    if _is_record(value):
+                        yield from ((f"{name}.{key}", held) for key, held in vars_of(value).items())
             if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(names, dict):
                 names.clear()  # before Python 3.13 a snapshot that the frame keeps: it would keep what it shows alive
         frame = frame.f_back
@@ -223,6 +225,14 @@ def holders_of_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for key, value in (*module.__dict__.items(), *module._buffers.items()):
             if not key.startswith("_"):
                 yield f"{path}.{key}" if path else key, value
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object of a class that the user has written: a history, a meter, a buffer of results."""
+    kind = type(value)
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__"):
+        return False
+    return kind.__module__.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "safeloop", "numpy")
 
 
 def vars_of(value: Any) -> dict[str, Any]:

@@ -27,11 +27,16 @@ def told(fault: Fault, found: Diagnosis, step: int) -> Fault:
 def _with_birth(fault: Fault, birth: Birth | None, found: Diagnosis, step: int) -> Fault:
     if birth is None:
         return replace(fault, why=f"{fault.why}; {found.note}") if found.note else fault
+    return with_birth(fault, birth, _moment(found, step), found.note)
+
+
+def with_birth(fault: Fault, birth: Birth, moment: str, note: str = "") -> Fault:
+    """A fault with the operation at which its NaN or infinity was born, the reason and the remedy."""
     given = "; ".join(f"{reading}" for reading in birth.inputs)
-    why = [_why(birth), f"the operation was given {given}" if given else "", found.note]
+    why = [_why(birth), f"the operation was given {given}" if given else "", note]
     return replace(
         fault,
-        where=f"{_moment(found, step)}; {_place(birth)}",
+        where=f"{moment}; {_place(birth)}",
         why="; ".join(part for part in why if part),
         fix=_fix(birth, fault),
     )

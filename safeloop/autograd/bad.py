@@ -29,6 +29,9 @@ class BadTrace:
     def __init__(self, roots: Iterable[Tensor], most: int = 5_000) -> None:
         self._sources: list[Source] = []
         self._handles: list[Any] = []
+        roots = list(roots)
+        if any(map(_is_bad, roots)):  # born in the forward: what the backward pass makes of it says nothing
+            return
         waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
         seen: set[Any] = set(waiting)
         while waiting and len(seen) <= most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,9 @@ enters it requires grad, that does no harm: then the graph of the result has no 
 _DEAD_ENDS = ("NotImplemented", "CdistBackwardBackward", "PdistBackwardBackward", "EmbeddingBagBackwardBackward")
 """Starts of the names, without their namespace, of nodes that raise when a backward pass reaches them. Not among them:
 `WarnNotImplemented`, of operators from outside torch, which warns."""
+
+
+_PIECES = ("Relu", "LeakyRelu", "Threshold", "Hardtanh", "Clamp", "Abs", "PreluKernel")
 
 
 def nodes_between(values: Tensor, at: Tensor) -> list[Node]:
@@ -79,6 +82,18 @@ def dead_ends(tensor: Tensor) -> list[str]:
     """Names of the nodes in the graph of `tensor` that will raise when a backward pass reaches them."""
     names = (node.name().rpartition("::")[2] for node in _nodes(tensor))
     return list(dict.fromkeys(name for name in names if name.startswith(_DEAD_ENDS)))
+
+
+def pieces_of(tensors: Iterable[Tensor]) -> list[str]:
+    """Names of the nodes in the graphs of these tensors whose second derivative is zero: of functions in pieces."""
+    names = (node.name() for tensor in tensors for node in _nodes(tensor))
+    return list(dict.fromkeys(name for name in names if name.startswith(_PIECES)))
+
+
+def once_differentiable_functions(tensors: Iterable[Tensor]) -> list[str]:
+    """Names of the custom functions marked `@once_differentiable` in the graphs of these tensors."""
+    nodes: list[Any] = [node for tensor in tensors for node in _nodes(tensor)]
+    return list(dict.fromkeys(node._forward_cls.__name__ for node in nodes if _is_once_differentiable(node)))
 
 
 def _is_once_differentiable(node: Any) -> bool:

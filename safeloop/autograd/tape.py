@@ -79,6 +79,7 @@ class Call:
 
 
 Listener = Callable[[Call], None]
+Witness = Callable[[Any, Call], None]
 
 
 @dataclass(slots=True)
@@ -117,6 +118,8 @@ class Tape(TorchFunctionMode):
         """errors of listeners, which are our own bugs"""
         self.is_deaf = False
         """whether calls pass unheard"""
+        self.witness: Witness | None = None
+        """who is shown every function and its call, whose `frame` is not looked up"""
         self.marks: list[Mark] = []
         self.origins: dict[int, Origin] = {}
         """sequence number of a node -> the call that made it"""
@@ -170,6 +173,11 @@ class Tape(TorchFunctionMode):
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model."""
+        return self._model.parameters()
+
+    @property
     def module(self) -> str:
         """The path of the innermost module that is running; empty for none."""
         if not self._modules:
@@ -194,6 +202,8 @@ class Tape(TorchFunctionMode):
         listeners = self._listeners.get(name, ())
         if name == "backward":
             self._tell(listeners, Call(self, name, args, kwargs, None, user_frame(2), tensors))
+            if self.witness is not None:
+                self._show(self.witness, func, Call(self, name, args, kwargs, None, None, tensors))
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             self._note_function(sys._getframe(1))
@@ -207,6 +217,8 @@ class Tape(TorchFunctionMode):
                 self.writes.note(tensors[0], name, None if frame is None else site_of(frame))
         except Exception as error:  # our bug must not stop the program that is watched
             self.broken.append(error)
+        if self.witness is not None:
+            self._show(self.witness, func, Call(self, name, args, kwargs, out, frame, tensors))
         if listeners:
             self._tell(
                 listeners,
@@ -355,6 +367,16 @@ class Tape(TorchFunctionMode):
                     raise
                 except Exception as error:
                     self.broken.append(error)
+
+    def _show(self, witness: Witness, func: Any, call: Call) -> None:
+        call.grad_mode = torch.is_grad_enabled()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            try:
+                witness(func, call)
+            except (FaultError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                self.broken.append(error)
 
     def _entered(self, module: nn.Module, args: Any) -> None:
         self._modules.append(module)

@@ -19,6 +19,8 @@ _PASSES_ON = (
     *("T", "Transpose", "Permute", "Cat", "Stack", "ToCopy", "Alias", "AsStrided", "Repeat", "CumSum", "Movedim"),
 )
 """Nodes whose derivative is never zero: what becomes zero there was cancelled, as in a loss that no shift changes."""
+_SUMS = ("Add", "Sub", "Rsub", "Neg", "Lerp")
+"""Nodes of which several that cancel show a straight-through estimator; two uses of a bias may cancel rightly."""
 Kind = Literal["zero", "empty", "dropped", "hooked", "cancelled", "attention"]
 
 _ONE_BY_ONE = ("Softmax", "Mul", "Div", "MaskedFill", "View", "UnsafeView", "ToCopy", "Tanh")
@@ -106,11 +108,12 @@ class ZeroTrace:
         for node in self._silent:
             if givers := self._givers.get(node):
                 stops.append((node, [node], "hooked" if len(givers) == 1 else "cancelled"))
+        fed = {id(node.variable) for node in self._givers if node.name() == _LEAF}
         found = [
             Stop(
                 node.name(),
                 max(int(n._sequence_nr()) for n in (self._givers[node] if kind == "cancelled" else [node])),
-                frozenset().union(*(leaves_below(way) for way in ways)),
+                frozenset().union(*(leaves_below(way) for way in ways)) - fed,
                 kind,
                 _written(node) if kind == "dropped" else None,
             )
@@ -130,7 +133,7 @@ class ZeroTrace:
             leaf = frozenset([id(node.variable)])
             if (hook := _hook_of(node.variable)) is not None:
                 yield Stop(node.name(), -1, leaf, "hooked", _site(hook))
-            elif len(givers) > 1:
+            elif len(givers) > 1 and all(giver.name().startswith(_SUMS) for giver in givers):
                 yield Stop(node.name(), max(int(giver._sequence_nr()) for giver in givers), leaf, "cancelled")
 
 

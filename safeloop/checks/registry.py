@@ -87,7 +87,7 @@ FILES: dict[str, str] = {
     "SL422": "terms/hand_made.py",  # PenaltyWithoutGraph
     "SL423": "terms/hand_made.py",  # PenaltyThroughBatchNorm (warning)
     "SL424": "gradients/flow.py",  # TermAlwaysZero (warning)
-    "SL425": "terms/hand_made.py",  # PartOfSumWithoutGradient (warning)
+    "SL425": "terms/sums.py",  # PartOfSumWithoutGradient (warning)
     "SL426": "terms/contained.py",  # TermContainsAnother (warning)
     "SL430": "penalties/declared.py",  # PenaltyNotDeclared
     "SL431": "penalties/declared.py",  # PenaltyMisdeclared
@@ -162,15 +162,17 @@ FILES: dict[str, str] = {
     "SL659": "update/schedules.py",  # ScheduleRunsOver (warning)
     "SL660": "update/rebuilt.py",  # OptimizerBuiltAgain (warning)
     "SL661": "update/rates.py",  # RateSetNowhere (warning)
+    "SL662": "update/overwritten.py",  # TrainedAndOverwritten
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation
-    "SL703": "evaluation/modes.py",  # LeftInEvalMode
+    "SL703": "evaluation/left_in_eval.py",  # LeftInEvalMode
     "SL704": "evaluation/dropout.py",  # DropoutInEvaluation (warning)
     "SL705": "evaluation/modes.py",  # ModeChangedInLoss (warning)
     "SL706": "evaluation/statistics.py",  # FrozenStatistics (warning)
     "SL707": "evaluation/modes.py",  # GradModeLeftOff
+    "SL708": "evaluation/trained.py",  # TrainedInEvaluation
     "SL720": "evaluation/aliases.py",  # KeptStateIsLive (warning)
     "SL721": "evaluation/statistics.py",  # StatisticsLeftBehind (warning)
     "SL722": "evaluation/modes.py",  # GradModeChangedInMetrics (warning)

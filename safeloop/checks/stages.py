@@ -8,8 +8,10 @@ from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
-from safeloop.checks.evaluation.modes import LeftInEvalMode
+from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
+from safeloop.checks.evaluation.modes import GradModeLeftOff
 from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation, StatisticsLeftBehind
+from safeloop.checks.evaluation.trained import TrainedInEvaluation
 from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZero
 from safeloop.checks.gradients.history import History
 from safeloop.checks.gradients.magnitude import ExplodingGradient, VanishingGradient
@@ -30,20 +32,19 @@ from safeloop.checks.setup.rates import GroupRateZero, LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
 from safeloop.checks.terms.contained import TermContainsAnother
 from safeloop.checks.terms.declared import DeclaredTermMissing
+from safeloop.checks.terms.derivatives import DerivativeVanishes
 from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheModel, TermReachesWhatItDoesNotTrain
-from safeloop.checks.terms.hand_made import (
-    PartOfSumWithoutGradient,
-    PenaltyThroughBatchNorm,
-    PenaltyWithoutGraph,
-)
+from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
 from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
+from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
 from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
 from safeloop.checks.update.half import HalfWithoutScaler, LossNotScaled
 from safeloop.checks.update.no_effect import StepChangesNothing
+from safeloop.checks.update.overwritten import TrainedAndOverwritten
 from safeloop.checks.update.rates import RateSetNowhere
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
@@ -145,6 +146,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         PenaltyWithoutGraph(),
         PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),
+        DerivativeVanishes(),
         CheckpointRunsTwice(),
         SampleWithoutGradient(),
         GradientOfNonLeaf(),
@@ -155,12 +157,19 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
 
 def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
     """The same for a loop that is not ours, which evaluates by itself."""
-    return [*trainer_call_checks(model, frozen), DropoutInEvaluation(), StatisticsFromValidation(), *_both(model)]
-
-
-def _both(model: nn.Module) -> list[CallCheck]:
-    """Those of them that look at events too, or that a Trainer has no need of."""
-    return [LeafOfNobody(model), HalfWithoutScaler(), StepChangesNothing(), CopyOfItself(model)]
+    return [
+        *trainer_call_checks(model, frozen),
+        DropoutInEvaluation(),
+        StatisticsFromValidation(),
+        EveryUpdateSkipped(),
+        LeftInEvalMode(model),
+        GradModeLeftOff(),
+        TrainedAndOverwritten(model),
+        LeafOfNobody(model),
+        HalfWithoutScaler(),
+        StepChangesNothing(),
+        CopyOfItself(model),
+    ]
 
 
 def event_checks(model: nn.Module) -> list[EventCheck]:
@@ -180,7 +189,6 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         FrozenDuringTraining(),
         ClippedWhileScaled(),
         ScaledUpdate(),
-        EveryUpdateSkipped(),
         ScaleUpdatedTooEarly(),
         ClipWithoutEffect(),
         ScheduleBeforeStep(),
@@ -195,7 +203,8 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         RateSetNowhere(),
         ScheduledTwice(),
         ScheduleRunsOver(),
-        LeftInEvalMode(model),
+        TrainedInEvaluation(model),
+        NonFiniteGradient(),
     ]
 
 

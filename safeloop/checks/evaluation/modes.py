@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from types import FrameType
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from safeloop.checks.check import Check, EventCheck
-from safeloop.checks.events import Backward, Event, LoopState
+from safeloop.autograd.sites import SAFELOOP, TORCH, Site
+from safeloop.autograd.tape import Call
+from safeloop.checks.check import CallCheck, Check, EventCheck
+from safeloop.checks.events import Event, Iteration, LoopState
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
@@ -25,99 +29,6 @@ def _is_restless(module: nn.Module) -> bool:
         return module.running_mean is not None
     p = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
     return isinstance(p, (int, float)) and p > 0
-
-
-class LeftInEvalMode(EventCheck):
-    """The model was put into eval mode during training, and goes on training in it.
-
-    ## What it does
-    Looks at the mode of dropout and of batch and instance normalisation at each backward pass, and tells where modules
-    that have trained in train mode are in eval mode at the passes of two iterations after it, the whole model with
-    them. Parts that are put into eval mode alone, such as normalisation that is frozen late, are left alone. Cost: a
-    walk over the modules.
-
-    ## Why it is bad
-    An evaluation called `model.eval()` and nothing called `model.train()` after it. From then on dropout is off, and
-    batch normalisation uses statistics that no longer move: training goes on as another model.
-
-    ## Bad
-    ```python
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(torch.randn(8, 4)).square().mean().backward()
-            optimizer.step()
-            model.eval()
-            with torch.no_grad():
-                error = model(torch.randn(8, 4)).square().mean()
-            audit.step()
-    ```
-    ## Good
-    ```python
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(torch.randn(8, 4)).square().mean().backward()
-            optimizer.step()
-            model.eval()
-            with torch.no_grad():
-                error = model(torch.randn(8, 4)).square().mean()
-            model.train()
-            audit.step()
-    ```
-    ## Fix
-    Call `model.train()` after each evaluation, or at the start of each epoch.
-
-    ## Source
-    https://github.com/wkentaro/pytorch-fcn/pull/56.
-    """
-
-    code = "SL703"
-    title = "left in eval mode"
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._was_training: set[str] = set()
-        self._iterations: set[int] = set()
-        self._was_told = False
-
-    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At a backward pass in eval mode of the second iteration after one in train mode."""
-        if not isinstance(event, Backward) or self._was_told:
-            return
-        modules = restless(self._model)
-        now = {name for name, module in modules.items() if module.training}
-        containers = dict(self._model.named_modules())
-        stopped = [
-            name
-            for name in sorted(self._was_training - now)
-            if name in modules and _is_part(name, containers, event.reached)
-        ]
-        self._was_training |= now
-        self._iterations = self._iterations | {event.iteration} if stopped else set()
-        if len(self._iterations) < 2:
-            return
-        self._was_told = True
-        yield self.fault(
-            f"the model was in train mode and now trains in eval mode (training=False): {listed(stopped)} no longer do "
-            "what they do in training",
-            where=f"iteration {event.iteration}; {at(event.site, 'the backward pass')}",
-            why="an evaluation called model.eval() and nothing called model.train() after it: dropout is off, and "
-            "batch normalisation uses its running statistics",
-            fix="call model.train() after each evaluation, or at the start of each epoch",
-            names=stopped,
-        )
-
-
-def _is_part(name: str, containers: Mapping[str, nn.Module], reached: Iterable[str]) -> bool:
-    """Whether the module around this one is in eval mode as a whole, and is being trained."""
-    around = name.rpartition(".")[0]
-    prefix = f"{around}." if around else ""
-    return not containers[around].training and any(parameter.startswith(prefix) for parameter in reached)
 
 
 class ModeChangedInLoss(Check):
@@ -186,12 +97,20 @@ class ModeChangedInLoss(Check):
         )
 
 
-class GradModeLeftOff(Check):
-    """A loss function switches grad mode off or on, and does not switch it back.
+def _is_ours(frame: FrameType | None) -> bool:
+    """Whether safeloop itself made a call, through torch."""
+    while frame is not None and frame.f_code.co_filename.startswith(TORCH):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(SAFELOOP)
+
+
+class GradModeLeftOff(CallCheck, EventCheck):
+    """A loss function, or an iteration of a loop that is not ours, switches grad mode off and not on again.
 
     ## What it does
     Compares grad mode before and after the loss function, on the steps that are looked at in depth, and restores it
-    before the fault is raised. Cost: none.
+    before the fault is raised. In a loop that is not ours it looks at the end of each iteration, and tells where grad
+    mode is off at two in a row after it was on. Cost: none.
 
     ## Why it is bad
     Grad mode belongs to the thread. Everything that follows builds no graph: the next backward pass fails, or a model
@@ -230,6 +149,35 @@ class GradModeLeftOff(Check):
 
     code = "SL707"
     title = "grad mode left off"
+    hears = frozenset(("_set_grad_enabled",))
+
+    def __init__(self) -> None:
+        self._was_on = False
+        self._row = 0
+        self._line: Site | None = None
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Remember the line that switched it off first, since it was on."""
+        if not _is_ours(call.caller):
+            self._line = None if call.args and call.args[0] else self._line or call.site
+        return iter(())
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """At the end of the second iteration in a row with grad mode off."""
+        if not isinstance(event, Iteration):
+            return
+        if torch.is_grad_enabled():
+            self._was_on, self._row = True, 0
+            return
+        self._row += self._was_on
+        if self._row == 2:
+            yield self.fault(
+                "grad mode was on at the end of earlier iterations and is off now",
+                where=f"iteration {event.iteration}; switched off at {at(self._line, 'a line that was not heard')}",
+                why="something switched it off and did not switch it on again (an exception or an early return may "
+                "have left it so): everything that follows builds no graph, and what needs one is not trained",
+                fix="use `with torch.no_grad():`, which ends by itself, in place of torch.set_grad_enabled(False)",
+            )
 
     @classmethod
     def of(cls, source: str) -> Fault:

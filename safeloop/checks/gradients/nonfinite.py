@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from safeloop.checks.check import Check
+from safeloop.checks.check import EventCheck
+from safeloop.checks.events import Event, LoopState, Update
+from safeloop.checks.source import at
 from safeloop.checks.views import GradientsView
-from safeloop.checks.wording import counted
+from safeloop.checks.wording import counted, listed
 from safeloop.faults import Fault
 
 _SHOWN = 4
+_SMALL = 4096
+_FIRST = 8
+_DEEP = 'the operation is named on steps that are looked at in depth: `sl.audit(..., level="full")` looks at all'
 
 
-class NonFiniteGradient(Check):
+class NonFiniteGradient(EventCheck):
     """A gradient holds NaN or infinity.
 
     ## What it does
     Checks the gradients of every update before it, through the gradient norm; only where that is not finite are they
-    searched, one by one. Cost on a healthy step: none beyond the norm. A Trainer then runs the step again, bitwise, and
-    names the loss term, the micro-batch, the operation that gave the first NaN or infinity, your line of it and the
-    trap behind it; `safeloop replay` does so from the bundle in the run folder (`nonfinite.save_bundle`).
+    searched, one by one. Cost on a healthy step: none beyond the norm. In a loop that is not ours, steps that are not
+    looked at in depth are sampled: one small gradient of each optimizer, on the CPU alone (5 us); what that misses
+    shows at the end, in the weights.
+
+    A Trainer then runs the step again, bitwise, and names the loss term, the micro-batch, the operation that gave the
+    first NaN or infinity, your line of it and the trap behind it; `safeloop replay` does so from the bundle in the run
+    folder (`nonfinite.save_bundle`).
 
     ## Why it is bad
     One update with a NaN ruins the parameter for good, and clipping would spread it to all others. A loss can be
@@ -65,6 +77,45 @@ class NonFiniteGradient(Check):
     code = "SL501"
     title = "non-finite gradient"
 
+    def __init__(self) -> None:
+        self._samples: dict[str, Any] = {}
+        self._is_told = False
+
+    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
+        """Before a step that nobody looks at in depth: whether one small gradient holds NaN or infinity."""
+        if self._is_told or not isinstance(event, Update) or event.has_closure or event.is_scaled_step:
+            return
+        if event.owner not in self._samples:
+            self._samples[event.owner] = _sample(state.optimizers[event.owner])
+        sample = self._samples[event.owner]
+        gradient = None if sample is None else sample.grad
+        if gradient is None or gradient.is_sparse or gradient.is_complex() or (gradient.is_cuda and not event.is_deep):
+            return
+        if math.isfinite(gradient.sum().tolist()) or not bool(gradient.isfinite().logical_not().any()):
+            return
+        self._is_told = True
+        if event.is_deep:  # those who look at this step in depth tell it
+            return
+        parameters = dict(_named(event.owner, state))
+        where = f"step {event.iteration}; {at(event.site, f'before step() of `{event.owner}`')}"
+        for fault in self.find(GradientsView(parameters, {}, event.iteration, where)):
+            yield replace(fault, fix=f"{fault.fix}; {_DEEP}")
+
+    def close(self, state: LoopState) -> Iterator[Fault]:
+        """Weights that hold NaN at the end, where no gradient was seen to."""
+        if self._is_told:
+            return
+        held = {name: p for owner in state.owners for name, p in _named(owner, state) if not p.is_sparse}
+        bad = [name for name, p in held.items() if p.is_floating_point() and bool(p.detach().isnan().any())]
+        if bad:
+            yield self.fault(
+                f"{len(bad)} of {counted(len(held), 'parameter')} hold NaN at the end of the loop: {listed(bad)}",
+                where="a step that was not looked at in depth",
+                why="a gradient that was not finite has reached them; no later step can mend that",
+                fix=f"stop before such a step: `if not torch.isfinite(loss): ...`; {_DEEP}",
+                names=bad,
+            )
+
     @classmethod
     def find(cls, view: GradientsView) -> Iterator[Fault]:
         """One fault for all of them; nothing where only a norm overflowed."""
@@ -83,13 +134,18 @@ class NonFiniteGradient(Check):
             where=view.where
             + "; loss terms: " * bool(values)
             + ", ".join(f"`{name}` = {value:.4g}" for name, value in values.items()),
-            why="the loss was differentiated, and the derivative is not finite"
+            why="the loss is not finite itself, or the derivative of an operation on the way to it is not"
             if not values
             else "every loss term is finite, so that the value was born in the backward pass"
             if are_finite
             else "a loss term is not finite itself: its gradients cannot be",
             fix="look for sqrt, log, acos, division or a power at the edge of its domain, also behind torch.where "
-            "and masks, or for an overflow; `nonfinite.policy: skip` leaves such updates out",
+            "and masks, or for an overflow; "
+            + (
+                "`nonfinite.policy: skip` leaves such updates out"
+                if values
+                else "leave out an update whose gradient norm is not finite"
+            ),
             names=tuple(bad),
         )
 
@@ -97,3 +153,17 @@ class NonFiniteGradient(Check):
 def _nonfinite(gradient: Tensor) -> tuple[int, int]:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return int(values.isfinite().logical_not().sum()), values.numel()
+
+
+def _named(owner: str, state: LoopState) -> Iterator[tuple[str, nn.Parameter]]:
+    for group in state.optimizers[owner].param_groups:
+        for parameter in group["params"]:
+            if (name := state.name_of.get(id(parameter))) is not None:
+                yield name, parameter
+
+
+def _sample(optimizer: Any) -> nn.Parameter | None:
+    """The smallest of an optimizer's first parameters: a bad gradient on its way back comes to those last."""
+    first = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad][:_FIRST]
+    small = [p for p in first if p.numel() <= _SMALL]
+    return min(small, key=lambda p: p.numel(), default=None)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.autograd import Function
 
+from safeloop.autograd.second import once_differentiable_functions
 from safeloop.checks.check import Check
 from safeloop.checks.graph.scene import Scene
 from safeloop.checks.wording import listed
@@ -71,7 +72,7 @@ class NoSecondDerivative(Check):
 
     ## What it does
     Recognises torch's error about `@once_differentiable`, and names the functions so marked that the model's forward
-    uses.
+    uses, or that are in the graphs of the tensors on the line.
 
     ## Why it is bad
     A gradient penalty differentiates a gradient. A custom `torch.autograd.Function` whose backward is not itself made
@@ -151,9 +152,11 @@ class NoSecondDerivative(Check):
     def of(cls, scene: Scene) -> Fault:
         """The fault for an error raised by a backward pass."""
         marked = list(_once_differentiable(scene.model))
+        met = once_differentiable_functions(scene.tensors().values())
+        marked += [f"`{name}`" for name in met if not any(f"`{name}`" in known for known in marked)]
         return cls.fault(
             "a second derivative is needed through a function marked with @once_differentiable"
-            + (f"; so marked in the model: {', '.join(marked)}" if marked else ""),
+            + (f"; so marked: {', '.join(marked)}" if marked else ""),
             where=scene.where,
             why="a loss term differentiates a gradient (a penalty with create_graph=True), which this function does "
             "not allow",

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from safeloop.checks.check import Check
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from safeloop.autograd.second import pieces_of
+from safeloop.autograd.tape import Call
+from safeloop.checks.check import CallCheck, Check
+from safeloop.checks.source import at
+from safeloop.checks.terms.hand_made import tensors_at
+from safeloop.faults import Fault
 
 
-class DerivativeVanishes(Check):
+class DerivativeVanishes(CallCheck):
     """A second derivative with respect to the inputs is exactly 0 at every point: the net is piecewise linear.
 
     ## What it does
-    Looks at the values of every second or higher derivative that `sl.derivatives` computes.
+    Looks at the values of every second or higher derivative that `sl.derivatives` computes. Of those that are written
+    by hand with `torch.autograd.grad`, on steps that are looked at in depth, it tells as a warning those that are
+    exactly 0 three times, where the first derivative went through a ReLU or the like.
 
     ## Why it is bad
     A ReLU net is linear between its kinks. Its u_xx is connected to the parameters, so that nothing complains, and 0
@@ -50,6 +62,35 @@ class DerivativeVanishes(Check):
 
     code = "SL445"
     title = "derivative that vanishes everywhere"
+    hears = frozenset(("grad",))
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Where a derivative of a derivative is exactly 0 for the third time, and its graph is piecewise linear."""
+        outputs, inputs = tensors_at(call, 0, "outputs"), tensors_at(call, 1, "inputs")
+        place = at(call.site, "torch.autograd.grad")
+        if not any(m.kind == "derivative" for t in outputs for m in call.tape.marks_of(t)) or self._times[place] > 2:
+            return
+        found = [t for t in call.out if isinstance(t, Tensor)] if isinstance(call.out, tuple) else []
+        if not found or any(call.tape.live(t) for t in inputs) or any(bool(t.detach().any()) for t in found):
+            return
+        pieces = pieces_of(outputs)
+        if not pieces or not any(bool(t.detach().any()) for t in outputs):
+            return
+        self._times[place] += 1
+        if self._times[place] == 3:
+            size = sum(t.numel() for t in found)
+            yield self.fault(
+                f"a second derivative with respect to an input is exactly 0 at all {size} points, on 3 steps; the "
+                f"graph of the first one holds {', '.join(f'`{name}`' for name in pieces)}",
+                where=place,
+                why="the net is piecewise linear in its inputs, as with ReLU: its second derivatives are 0 wherever "
+                "they exist, and the term that holds them trains nothing",
+                fix="use a smooth activation (nn.Tanh, nn.SiLU, nn.GELU, torch.sin)",
+                severity="warning",
+            )
 
 
 class NothingToDerive(Check):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call, Mark
 from safeloop.checks.check import CallCheck
 from safeloop.checks.graph.recomputed import updates_statistics
@@ -13,6 +14,7 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
+_REDUCE = ("mean", "sum", "norm", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 _SUMS = ["add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "__rsub__", "stack"]
 
 
@@ -21,7 +23,8 @@ class PenaltyWithoutGraph(CallCheck):
 
     ## What it does
     Follows the results of `torch.autograd.grad(..., create_graph=False)` that a line of the user's called, and tells
-    where a scalar made of them alone is added to a scalar that has a graph. Cost: none beyond the tape of calls.
+    where a scalar made of them alone is added to a scalar that has a graph; also where a second derivative without a
+    graph, of a first one with, is added to values that have one. Cost: none beyond the tape of calls.
 
     ## Why it is bad
     Without `create_graph=True` the gradients have no history. The penalty is part of the loss that is logged, and
@@ -61,44 +64,85 @@ class PenaltyWithoutGraph(CallCheck):
 
     code = "SL422"
     title = "penalty without create_graph"
-    hears = frozenset(("grad", "detach", *_SUMS))
+    hears = frozenset(("grad", "detach", *_SUMS, *_REDUCE))
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._pending: dict[Site | None, Fault] = {}
 
     def hear(self, call: Call) -> Iterator[Fault]:
-        """Where a scalar that comes from `autograd.grad(create_graph=False)` alone is added to one with a graph."""
+        """Where what comes from `autograd.grad(create_graph=False)` alone is added to what has a graph."""
         if call.name == "grad":
-            if not call.kwargs.get("create_graph") and call.caller is not None:
-                for tensor in call.out if isinstance(call.out, tuple) else ():
-                    if isinstance(tensor, Tensor):
-                        call.tape.mark(tensor, Mark("gradient", "grad", "", call.site, call.tape.module, 0))
+            self._mark(call)
             return
         if call.name == "detach":
             if any(mark.kind == "gradient" for mark in call.tape.marks_of(call.args[0])):
                 call.tape.mark(call.out, Mark("constant", "detach", "", call.site, call.tape.module, 0))
             return
-        scalars = [t for t in call.tensors if not t.dim()]
-        if len(scalars) < 2 or not any(t.requires_grad for t in scalars):
+        if call.name in _REDUCE:
+            yield from self._reduced(call)
             return
-        for tensor in scalars:
+        if len(call.tensors) < 2 or not any(t.requires_grad for t in call.tensors):
+            return
+        for tensor in call.tensors:
             marks = {m.kind: m for m in reversed(list(call.tape.marks_of(tensor)))}
-            mark = marks.get("gradient")
+            mark = marks.get("second" if tensor.dim() else "gradient")
             if tensor.requires_grad or mark is None or "constant" in marks:
                 continue
             place = at(mark.site, "torch.autograd.grad")
             if place not in self._told:
                 self._told.add(place)
-                yield self.fault(
-                    "a penalty computed from torch.autograd.grad(..., create_graph=False) is added "
-                    "to the loss: it is a "
-                    f"constant there, value {float(tensor):.4g}",
-                    where=f"{place}; added at {at(call.site, 'the loss')}",
-                    why="without create_graph=True the gradients have no history: the penalty is part of "
-                    "the loss that is "
-                    "logged, and trains nothing",
-                    fix="pass create_graph=True to torch.autograd.grad, or let a Trainer do it by `self.penalty(...)`",
-                )
+                fault = self._told_of(tensor, place, at(call.site, "the loss"))
+                if tensor.dim():  # it may be meant for weights, which are detached: told where it becomes a loss
+                    self._pending[call.site] = fault
+                    call.tape.mark(call.out, Mark("joined", call.name, "", call.site, call.tape.module, 0))
+                else:
+                    yield fault
+
+    def _reduced(self, call: Call) -> Iterator[Fault]:
+        """Where values that a second derivative without a graph was added to become one number with a graph."""
+        if not self._pending or not isinstance(call.out, Tensor) or call.out.dim() or not call.out.requires_grad:
+            return
+        marks = {mark.kind: mark for tensor in call.tensors for mark in call.tape.marks_of(tensor)}
+        if "joined" in marks and "constant" not in marks:
+            fault = self._pending.pop(marks["joined"].site, None)
+            if fault is not None:
+                yield fault
+
+    @staticmethod
+    def _mark(call: Call) -> None:
+        """Mark derivatives with a graph, those without one, and those without one that are derivatives of the first."""
+        outputs, inputs = tensors_at(call, 0, "outputs"), tensors_at(call, 1, "inputs")
+        with_graph = bool(call.kwargs.get("create_graph"))
+        if call.caller is None:
+            return
+        kinds = ["derivative" if with_graph else "gradient"]
+        is_second = any(m.kind == "derivative" for t in outputs for m in call.tape.marks_of(t))
+        if is_second and not with_graph and not any(call.tape.live(t) for t in inputs):
+            kinds.append("second")
+        for tensor in call.out if isinstance(call.out, tuple) else ():
+            for kind in kinds if isinstance(tensor, Tensor) else ():
+                call.tape.mark(tensor, Mark(kind, "grad", "", call.site, call.tape.module, 0))
+
+    @classmethod
+    def _told_of(cls, tensor: Tensor, place: str, added: str) -> Fault:
+        is_scalar = not tensor.dim()
+        what = "a penalty computed from" if is_scalar else "a second derivative from"
+        value = f", value {float(tensor):.4g}" if is_scalar else ""
+        return cls.fault(
+            f"{what} torch.autograd.grad(..., create_graph=False) is added to "
+            + ("the loss: it is a constant there" if is_scalar else "a part of the loss that has a graph, and has none")
+            + value,
+            where=f"{place}; added at {added}",
+            why="without create_graph=True the gradients have no history: "
+            + (
+                "the penalty is part of the loss that is logged, and trains nothing"
+                if is_scalar
+                else "this part of the equation is a constant in the loss, and trains nothing"
+            ),
+            fix="pass create_graph=True to torch.autograd.grad, or let a Trainer do it by "
+            + ("`self.penalty(...)`" if is_scalar else "`sl.derivatives(...)`"),
+        )
 
 
 class PenaltyThroughBatchNorm(CallCheck):
@@ -163,7 +207,7 @@ class PenaltyThroughBatchNorm(CallCheck):
             return
         if not call.kwargs.get("create_graph"):
             return
-        outputs, inputs = _tensors(call, 0, "outputs"), _tensors(call, 1, "inputs")
+        outputs, inputs = tensors_at(call, 0, "outputs"), tensors_at(call, 1, "inputs")
         if not any(t.dim() > 1 and len(t) > 1 and not tape.live(t) for t in inputs):
             return
         mixed = {m.module: m for t in outputs for m in tape.marks_of(t) if m.kind == "batch_norm"}
@@ -183,84 +227,7 @@ class PenaltyThroughBatchNorm(CallCheck):
         )
 
 
-def _tensors(call: Call, position: int, name: str) -> list[Tensor]:
+def tensors_at(call: Call, position: int, name: str) -> list[Tensor]:
+    """The tensors of one argument, given by position or by name."""
     value = call.args[position] if len(call.args) > position else call.kwargs.get(name, ())
     return [value] if isinstance(value, Tensor) else [t for t in value if isinstance(t, Tensor)]
-
-
-class PartOfSumWithoutGradient(CallCheck):
-    """A part of a loss was computed with grad mode off, and is added to a part that has a gradient.
-
-    ## What it does
-    Hears sums of two scalars on the steps that are looked at in depth: one has a graph; the other has none, and its
-    value was computed from parameters under `no_grad` or inference mode.
-
-    ## Why it is bad
-    The part is in the loss that is logged and trains nothing. Where the same parameters are reached by the other part,
-    no gradient is missing, so that nothing else shows it.
-
-    ## Bad
-    ```python
-    class Run(sl.Trainer):
-        def loss(self, batch):
-            fit = self.model(batch).square().mean()
-            with torch.no_grad():
-                decay = self.model.weight.square().sum()
-            return fit + decay
-
-    sgd = {"type": "SGD", "lr": 0.1}
-    Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
-    ```
-    ## Good
-    ```python
-    class Run(sl.Trainer):
-        def loss(self, batch):
-            fit = self.model(batch).square().mean()
-            decay = self.model.weight.square().sum()
-            return fit + decay
-
-    sgd = {"type": "SGD", "lr": 0.1}
-    Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)], optimizers=sgd, run={"max_steps": 1}).fit()
-    ```
-    ## Fix
-    Compute the part with grad mode on. What is only to be looked at belongs in `metrics`, or in the log beside the
-    loss; write `.detach()` where a constant is meant, which says so.
-
-    ## Source
-    Documentation of `torch.no_grad`.
-    """
-
-    code = "SL425"
-    title = "part of a sum without gradient"
-    severity = "warning"
-    hears = frozenset(("add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"))
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    def hear(self, call: Call) -> Iterator[Fault]:
-        """Where a scalar that was computed from parameters under no_grad is added to one with a graph."""
-        scalars = [t for t in call.tensors if not t.dim()]
-        if len(scalars) < 2 or not any(t.requires_grad and call.tape.live(t) for t in scalars):
-            return
-        for tensor in scalars:
-            cuts = [m for m in call.tape.marks_of(tensor) if m.kind == "cut"]
-            if tensor.requires_grad or not cuts or not all(m.reason.startswith(_OFF) for m in cuts):
-                continue
-            place = at(cuts[0].site, "a line under no_grad")
-            if place in self._told:
-                continue
-            self._told.add(place)
-            names = call.tape.names_of(cuts[0].live)
-            yield self.fault(
-                f"a part of the loss that was computed from {listed(names)} has no graph, value {float(tensor):.4g}: "
-                "it is a constant there",
-                where=f"{place}; added at {at(call.site, 'the loss')}",
-                why=f"{cuts[0].reason}: its contribution to their gradient is missing",
-                fix="compute it with grad mode on, or leave it out of the loss; write `.detach()` where a constant is "
-                "meant",
-                names=names,
-            )
-
-
-_OFF = ("no_grad", "inference mode")

@@ -137,7 +137,8 @@ class TermIsNotFinite(Check):
     ## What it does
     Reads the value of every term before the update. Cost: one read of a 0-d tensor each, only where something is not
     finite. A Trainer then runs the step again, bitwise, and names the operation that gave the first NaN or infinity,
-    or the part of the batch, the parameter or the buffer that held it before.
+    or the part of the batch, the parameter or the buffer that held it before. In a loop that is not ours, on steps that
+    are looked at in depth, the result of every call is looked at instead, and the line is told at the update.
 
     ## Why it is bad
     The gradients of such a term are NaN, and one update with them ruins every parameter that it reaches, for good.

@@ -93,8 +93,7 @@ class GradientsMixed(EventCheck):
             f"{at(passes[-1].site, 'unknown')}",
             why=f"the loss that `{other.owner}` is trained by also reaches `{event.owner}`: what it left in `.grad` is "
             "applied together with the loss that was meant",
-            fix=f"detach what `{event.owner}` made before it enters the loss of `{other.owner}`, or call "
-            f"`{event.owner}.zero_grad()` right before its own backward pass",
+            fix=_remedy(passes[0], event.owner, other.owner, state),
             names=tuple(mixed),
         )
 
@@ -119,11 +118,19 @@ def _between(passes: list[Backward], owner: str, state: LoopState) -> Update | N
     return None
 
 
+def _remedy(first: Backward, owner: str, other: str, state: LoopState) -> str:
+    """What to write: a loss that must go through the one to train the other is not to be detached."""
+    zero = f"call `zero_grad()` of `{owner}` right before its own backward pass"
+    if _comes_through(first, state.owners[owner], state.owners[other]):
+        return f"{zero}, after that of `{other}`"
+    return f"detach what `{owner}` made before it enters the loss of `{other}`, or {zero}"
+
+
 def _comes_through(passed: Backward, mine: frozenset[str], theirs: frozenset[str]) -> bool:
-    """Whether a loss goes through all of one owner's parameters before it comes to the other's."""
+    """Whether a loss goes through all of one owner's parameters before it comes to some of the other's."""
     near = [low for name, (low, _) in passed.used_at.items() if name in mine]
     far = [high for name, (_, high) in passed.used_at.items() if name in theirs]
-    return bool(near and far) and min(near) > max(far)
+    return bool(near and far) and min(near) > min(far)
 
 
 class LossCountedTwice(EventCheck):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from safeloop.checks.check import EventCheck
+from torch import Tensor
+
+from safeloop.autograd.bad import BadTrace
+from safeloop.autograd.tape import Call, Tape
+from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Event, LoopState, Update
 from safeloop.checks.source import at
 from safeloop.checks.wording import counted, listed
@@ -13,17 +17,19 @@ from safeloop.faults import Fault
 
 _OVERFLOWS = 8
 """A scale of 65536 that is halved so often is at 256: more overflows in a row are no search for the right scale."""
+_SEARCHED = 3
+"""After so many skips in a row, the operation is looked for in whose derivative the value is born."""
 _LARGE = 1024.0
 """Gradients that overflow at a scale below it would overflow without one soon."""
 
 
-class EveryUpdateSkipped(EventCheck):
+class EveryUpdateSkipped(CallCheck, EventCheck):
     """The gradient scaler skips every update, because a gradient is never finite.
 
     ## What it does
     Counts the steps in a row that the scaler skips for each optimizer. Speaks at the eighth, or after 5 where the watch
     ends, once the scale is no longer large; at the fortieth in any case. Names the parameters whose gradients are not
-    finite.
+    finite, and on steps that are looked at in depth the line in whose derivative they became so.
 
     ## Why it is bad
     A skip is silent. Halving the scale cures an overflow; a gradient that stays NaN or infinite has another cause, and
@@ -67,8 +73,11 @@ class EveryUpdateSkipped(EventCheck):
 
     code = "SL643"
     title = "every update skipped"
+    hears = frozenset(("backward",))
 
     def __init__(self) -> None:
+        self._trace: tuple[BadTrace, Tape] | None = None
+        self._born = ""
         self._row: Counter[str] = Counter()
         self._last: dict[str, Update] = {}
         self._told: set[str] = set()
@@ -78,10 +87,32 @@ class EveryUpdateSkipped(EventCheck):
         if not isinstance(event, Update) or not event.is_scaled_step:
             return
         self._row[event.owner] = self._row[event.owner] + 1 if event.was_skipped else 0
+        self._take_source(was_skipped=event.was_skipped)
         if event.was_skipped:
             self._last[event.owner] = event
             is_large = event.scale is not None and event.scale > _LARGE
             yield from self._skipped(event.owner, 5 * _OVERFLOWS if is_large else _OVERFLOWS)
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Before a backward pass, after several skips in a row: watch where its first bad gradient is made."""
+        if self._trace is not None:
+            self._trace[0].finish()
+            self._trace = None
+        if max(self._row.values(), default=0) >= _SEARCHED and not self._told:
+            first = call.args[0] if call.args else call.kwargs.get("tensors")
+            self._trace = BadTrace(_tensors(first)), call.tape
+        return iter(())
+
+    def _take_source(self, *, was_skipped: bool) -> None:
+        """Where the gradient of the pass that is over became bad."""
+        if self._trace is None:
+            return
+        trace, tape = self._trace
+        self._trace = None
+        source = trace.finish()
+        origin = None if source is None else tape.origins.get(source.number)
+        if was_skipped and source is not None and origin is not None:
+            self._born = f"; born in `{source.name}`, {at(origin.site, origin.name)}"
 
     def close(self, state: LoopState) -> Iterator[Fault]:
         """Where the watch ends after at least 5 in a row."""
@@ -99,10 +130,14 @@ class EveryUpdateSkipped(EventCheck):
         yield self.fault(
             f"the gradient scaler skipped {counted(count, 'update')} of `{owner}` in a row: the gradients of "
             f"{listed(event.bad) if event.bad else 'some parameters'} are not finite",
-            where=at(event.site, f"scaler.step({owner})"),
+            where=at(event.site, f"scaler.step({owner})") + self._born,
             why="halving the scale cures an overflow; a gradient that stays NaN or infinite has another cause, and "
             "nothing is trained meanwhile",
             fix="look for sqrt, log, division or a power at the edge of its domain, also behind torch.where, on the "
             "way to these parameters",
             names=event.bad,
         )
+
+
+def _tensors(value: object) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for t in value or () if isinstance(t, Tensor)]  # type: ignore[attr-defined]
