@@ -25,6 +25,7 @@ from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttrib
 from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
+from safeloop.checks.setup.loop_owners import LoopOwners
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParameter
 from safeloop.checks.setup.patterns import PatternMatchesNothing
@@ -99,12 +100,13 @@ def setup_faults(view: SetupView) -> list[Fault]:
 
 
 def loop_setup_faults(view: SetupView) -> list[Fault]:
-    """The same for a loop that is not ours, where an owner is missed only once a gradient comes (`GradientsForNobody`).
+    """The same for a loop that is not ours, where the loop must show that it matters who owns what.
 
-    What looks like an optimizer over a copy of the model is told at once.
+    See `GradientsForNobody` and `LoopOwners`. What looks like an optimizer over a copy of the model is told at once.
     """
     faults = setup_faults(view)
-    told = [fault for fault in faults if fault.code not in (UnownedParameter.code, StaleOptimizer.code)]
+    later = {check.code for check in (UnownedParameter, StaleOptimizer, ParameterOwnedTwice, NothingToTrain)}
+    told = [fault for fault in faults if fault.code not in later]
     if not is_stale(view):
         return told
     unowned = view.ownership.unowned
@@ -175,6 +177,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
 def event_checks(model: nn.Module) -> list[EventCheck]:
     """The checks of the order of events in a loop that is not ours."""
     return [
+        LoopOwners(model),
         GradientsNotZeroed(),
         GradientsDiscarded(),
         StepWithoutGradients(),

@@ -181,9 +181,9 @@ class FrozenDuringTraining(EventCheck):
             self._were_frozen |= event.frozen
         elif isinstance(event, Backward):
             self._alternates |= event.reached & self._since.keys()  # frozen for the step alone
-        elif isinstance(event, Zero) and event.parameters <= self._trained.keys():
-            if not _trainable(event.parameters, state):
-                self._meant |= event.parameters  # who clears the gradients of what is frozen knows that it stays so
+        elif isinstance(event, Zero) and event.parameters <= set(self._trained):
+            # who clears the gradients of what is frozen knows that it stays so
+            self._meant |= event.parameters if not _trainable(event.parameters, state) else set()
         return iter(())
 
     def close(self, state: LoopState) -> Iterator[Fault]:
