@@ -9,6 +9,8 @@ Level = Literal["off", "standard", "full"]
 
 FIRST_STEPS = 20
 """At level `standard`, steps that are all looked at in depth; they lie outside the budget."""
+LATE = 200
+"""Steps after which what has had no gradient yet is not waited for any longer"""
 _SMOOTH = 0.2
 _LEAST_GAP = 50
 _MOST_ASKED = 20

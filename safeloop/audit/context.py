@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from safeloop.audit.budget import FIRST_STEPS, Budget, Level
+from safeloop.audit.budget import FIRST_STEPS, LATE, Budget, Level
 from safeloop.audit.crash import crash_faults
 from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
@@ -28,8 +28,6 @@ from safeloop.faults import Fault, FaultError
 from safeloop.optim.ownership import owned_by_identity
 
 OnFault = Literal["warn", "raise", "collect"]
-_LATE = 200
-"""Iterations after which what has had no gradient yet is not waited for any longer."""
 _T = TypeVar("_T")
 
 
@@ -147,7 +145,7 @@ class Audit:
         except Exception as error:  # our own bug must not end the loop
             watch.broken.append(error)
         self._step += 1
-        if self._step in (FIRST_STEPS, _LATE) and self._budget.level == "standard":
+        if self._step in (FIRST_STEPS, LATE) and self._budget.level == "standard":
             watch.first_window_over()
             self._stray.close()
         if self._budget.wants(self._step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_mod
 from safeloop.audit.means import count_means
 from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
-from safeloop.audit.updates import REPEATS, Updates, is_bad
+from safeloop.audit.updates import EVERY, REPEATS, Updates, is_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
@@ -40,8 +41,6 @@ from safeloop.faults import Fault
 
 _SCANS = frozenset((5, 10, 19))
 """Iterations after which somebody who keeps graphs is looked for."""
-_EVERY = 50
-"""Of plain iterations, how many go by from one that is told to the next."""
 
 Handle = Callable[[list[Fault]], None]
 
@@ -73,7 +72,7 @@ class LoopWatch:
         self._optimizers = optimizers
         self.journal = Journal(_named(model, optimizers), optimizers, self._tell)
         self._parameters, self._names = self.journal.parameters, self.journal.names
-        self._updates = Updates(self.journal, ask)
+        self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
@@ -147,7 +146,7 @@ class LoopWatch:
         if not self.journal.iteration:
             self._find_schedulers()
         self._poll_schedulers()
-        if self.is_deep or not self.journal.iteration % _EVERY:
+        if self.is_deep or not self.journal.iteration % EVERY:
             self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:
             self._scan()

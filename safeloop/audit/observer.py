@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safeloop.audit.budget import FIRST_STEPS, Budget
+from safeloop.audit.budget import FIRST_STEPS, LATE, Budget
 from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
@@ -26,6 +26,7 @@ from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
+from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
 from safeloop.step.report import StepReport
@@ -70,7 +71,7 @@ class StepAudit:
         self._ownership = ownership
         self._holders = holders
         self._permitted = frozenset(permitted)
-        self._known = _names(model)
+        self._known = _identities(model)
         self._found: list[Fault] = []
         self._gradients = GradientWatch(model)
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
@@ -111,7 +112,7 @@ class StepAudit:
             holders = [*holders_of_modules(self._model)]
             holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
             self.faults([*self._lifetimes.kept(holders), *self._aliases.kept(holders)], step)
-        if own + 1 == FIRST_STEPS:
+        if own + 1 in (FIRST_STEPS, LATE):
             self._tell_history(step, is_over=False)
 
     def finish(self, step: int) -> None:
@@ -170,13 +171,17 @@ class StepAudit:
     def forwarded(self, step: int) -> None:
         """Find parameters that the forward created, and tell what was heard."""
         self._tell(step)
-        names = _names(self._model)
-        if names == self._known:
+        now = _identities(self._model)
+        if now == self._known:
             return
-        appeared = frozenset(names - self._known)
-        self._known = names
-        view = SetupView(self._model, self._ownership)
-        self._ledger.add(ParameterAppearedLate.find(view, appeared), step)
+        known, self._known = self._known, now
+        appeared = frozenset(now.keys() - known.keys())
+        faults = list(ParameterAppearedLate.find(SetupView(self._model, self._ownership), appeared))
+        owner_of = self._ownership.owner_of
+        replaced = [name for name in now.keys() & known.keys() & owner_of.keys() if now[name] != known[name]]
+        if replaced:
+            faults.append(GradientsForNobody.replaced(sorted(replaced), owner_of[replaced[0]], f"before step {step}"))
+        self._ledger.add(faults, step)
 
     def evidence(self, returned: Mapping[str, Any]) -> TermEvidence:
         """The line that made each term, and where its gradient path was cut."""
@@ -237,5 +242,5 @@ class StepAudit:
         self.faults(found, step)
 
 
-def _names(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+def _identities(model: nn.Module) -> dict[str, int]:
+    return {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}

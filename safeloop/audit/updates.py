@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safeloop.audit.journal import Journal, is_zero
@@ -16,11 +16,13 @@ from safeloop.checks.events import Update
 
 REPEATS = 10
 """Equal events in a row that are told on plain iterations; no check needs more of them."""
+EVERY = 16
+"""Of further ones, each so manieth is told, for what no signature shows, such as a NaN."""
 
 _TINY = 1e-10
 """a learning rate below which nothing moves"""
 
-_Signature = list[tuple[int, list[tuple[bool, bool]]]]
+_Signature = tuple[list[bool], list[tuple[int, list[tuple[bool, bool]]]]]
 
 
 class Updates:
@@ -28,11 +30,13 @@ class Updates:
 
     Args:
         journal: knows the owners and their parameters.
+        modules: those whose mode tells training from evaluation.
         ask: is called where an update differs from all before: the next iteration is worth a look.
     """
 
-    def __init__(self, journal: Journal, ask: Callable[[], None]) -> None:
+    def __init__(self, journal: Journal, modules: Sequence[nn.Module], ask: Callable[[], None]) -> None:
         self._journal = journal
+        self._modules = tuple(modules)
         self._ask = ask
         self._structures: set[str] = set()
         self._signatures: dict[str, _Signature] = {}
@@ -40,7 +44,7 @@ class Updates:
 
     def is_news(self, owner: str, optimizer: Optimizer) -> bool:
         """Whether an update must be told on a plain iteration: after many of the same kind one more says nothing."""
-        signature = _signature(optimizer)
+        signature = _signature(optimizer, self._modules)
         if signature != self._signatures.get(owner):
             self._signatures[owner] = signature
             self._repeats[owner] = 0
@@ -48,7 +52,7 @@ class Updates:
                 self._structures.add(structure)
                 self._ask()
         self._repeats[owner] += 1
-        return self._repeats[owner] <= REPEATS
+        return self._repeats[owner] <= REPEATS or not self._repeats[owner] % EVERY
 
     def event(
         self, owner: str, optimizer: Optimizer, *, is_deep: bool, has_closure: bool = False, skipped: bool = False
@@ -86,12 +90,15 @@ def is_bad(parameter: Any) -> bool:
     return not math.isfinite(float(values.detach().abs().float().norm()))
 
 
-def _signature(optimizer: Optimizer) -> _Signature:
-    """Of each group whether its rate is zero or tiny, of each parameter whether it is frozen and has a gradient."""
+def _signature(optimizer: Optimizer, modules: Sequence[nn.Module]) -> _Signature:
+    """Modes, of each group whether its rate is zero or tiny, of each parameter whether it is frozen and has a gradient.
+
+    Nothing in it waits for a device.
+    """
     found = []
     for group in optimizer.param_groups:
         rate = group.get("lr", 1.0)
         # a tensor may lie on a device: reading it would wait
         size = 2 if isinstance(rate, Tensor) or abs(rate) > _TINY else int(rate != 0)
         found.append((size, [(p.grad is None, p.requires_grad) for p in group["params"]]))
-    return found
+    return [module.training for module in modules], found

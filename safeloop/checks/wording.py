@@ -20,6 +20,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def agree(number: int, one: str, many: str) -> str:
+    """The verb for a number of things: `is` or `are`."""
+    return one if number == 1 else many
+
+
 def suggestion(name: str, known: Sequence[str]) -> str:
     """`; the nearest name is ...`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -535,3 +535,18 @@ def test_who_clears_the_gradients_of_what_he_freezes_means_it(watched: Any) -> N
                     p.requires_grad_(False)
                     p.grad = None
     assert not audit.faults
+
+
+def test_a_trainer_names_a_parameter_that_was_replaced_in_the_middle() -> None:
+    class Run(sl.Trainer):
+        def loss(self, batch: Any) -> Tensor:
+            if self.step == 3:
+                self.model[2].weight = nn.Parameter(torch.randn(1, 8))  # type: ignore[index]
+            return self.model(batch).square().mean()
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    sections: dict[str, Any] = {"optimizers": {"type": "SGD", "lr": 0.1}, "log": {"sinks": []}}
+    with pytest.raises(sl.FaultError) as caught:
+        Run(model=net, data=[torch.randn(8, 4)], run={"max_steps": 10}, **sections).fit()
+    assert (caught.value.fault.code, caught.value.fault.names) == ("SL214", ("2.weight",))
+    assert "step 3" in caught.value.fault.where

@@ -15,7 +15,7 @@ from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck, Check, EventCheck
 from safeloop.checks.events import Event, Iteration, LoopState
 from safeloop.checks.source import at
-from safeloop.checks.wording import listed
+from safeloop.checks.wording import agree, listed
 from safeloop.faults import Fault
 
 
@@ -87,7 +87,7 @@ class ModeChangedInLoss(Check):
         names = list(changed)
         now = "train mode (training=True)" if changed[names[0]] else "eval mode (training=False)"
         return cls.fault(
-            f"{listed(names)} were left in {now} by the loss function",
+            f"{listed(names)} {agree(len(names), 'was', 'were')} left in {now} by the loss function",
             where=source,
             why="from this step on they behave as they do in the other mode: dropout, and the statistics of batch "
             "normalisation",

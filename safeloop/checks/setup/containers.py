@@ -11,7 +11,7 @@ from safeloop.checks.setup.holders import module_holders
 from safeloop.checks.setup.roles import is_kept_out
 from safeloop.checks.setup.scan import module_containers
 from safeloop.checks.views import SetupView
-from safeloop.checks.wording import counted, listed
+from safeloop.checks.wording import agree, counted, listed
 from safeloop.faults import Fault
 
 
@@ -98,7 +98,8 @@ class ModulesInPlainContainer(Check):
             are_held = hidden <= held
             yield cls.fault(
                 f"`{found.path}` is a {found.kind} of {counted(len(found.modules), 'module')} ({listed(classes)}), "
-                f"whose {counted(len(hidden), 'trainable parameter')} are not among the model's parameters",
+                f"whose {counted(len(hidden), 'trainable parameter')} {agree(len(hidden), 'is', 'are')} not among the "
+                "model's parameters",
                 where=f"attribute `{found.path}` of {type(found.module).__name__}",
                 why=f"a {found.kind} hides modules from `parameters()`, `state_dict()`, `.to()` and `train()`: "
                 + (
@@ -119,8 +120,8 @@ class ModulesInPlainContainer(Check):
             classes = dict.fromkeys(type(module).__name__ for module in found.modules)
             yield cls.fault(
                 f"`{found.path}` is {found.kind}, which keeps {counted(len(found.modules), 'module')} "
-                f"({listed(classes)}), whose {counted(len(hidden), 'trainable parameter')} are not among the model's "
-                "parameters",
+                f"({listed(classes)}), whose {counted(len(hidden), 'trainable parameter')} "
+                f"{agree(len(hidden), 'is', 'are')} not among the model's parameters",
                 where=f"attribute `{found.path}` of {type(found.module).__name__}",
                 why="only modules that are attributes of a module are found by `parameters()`, `state_dict()`, `.to()` "
                 "and `train()`: these never train",

@@ -9,7 +9,7 @@ from safeloop.checks.check import EventCheck
 from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
 from safeloop.checks.source import at
 from safeloop.checks.update.steps import moves_without_gradient
-from safeloop.checks.wording import listed
+from safeloop.checks.wording import agree, listed
 from safeloop.faults import Fault
 
 
@@ -76,8 +76,8 @@ class FrozenButMoving(EventCheck):
         self._times[event.owner] += 1
         if self._times[event.owner] == 3:
             yield self.fault(
-                f"{listed(names)} do not require grad, and still hold a gradient: every step of `{event.owner}` moves "
-                "them",
+                f"{listed(names)} {agree(len(names), 'does', 'do')} not require grad, with a gradient still there: every "
+                f"step of `{event.owner}` moves {agree(len(names), 'it', 'them')}",
                 where=at(event.site, f"step of `{event.owner}`"),
                 why="`requires_grad_(False)` stops new gradients; the last one stays in `.grad`, and momentum and "
                 "weight decay act on it",
@@ -193,8 +193,8 @@ class FrozenDuringTraining(EventCheck):
         if not names:
             return
         yield self.fault(
-            f"{listed(names)} were trained until iteration {self._first[names[0]]}, then frozen, and never trained "
-            "again",
+            f"{listed(names)} {agree(len(names), 'was', 'were')} trained until iteration {self._first[names[0]]}, then "
+            "frozen, and never trained again",
             where=f"iteration {self._first[names[0]]}",
             why="something set `requires_grad` to False during training (a probe, an alternating phase) and did not "
             "restore it",

@@ -169,6 +169,14 @@ class GradientsForNobody(EventCheck):
             return "thawed"
         return "replaced" if known is not None or name in state.owner_of else "added"
 
+    @classmethod
+    def replaced(cls, names: Sequence[str], owner: str, where: str) -> Fault:
+        """The fault of parameters of an owner that other tensors have taken the place of."""
+        what, why, fix = _TEXTS["replaced"]
+        return cls.fault(
+            f"{listed(names)}: {what}, in no optimizer", where=where, why=why.format(owner=owner), fix=fix, names=names
+        )
+
     def _later(self, kind: str, found: Mapping[str, _Reached], state: LoopState) -> Fault:
         first = next(iter(found.values()))
         owner = next((state.owner_of[name] for name in found if name in state.owner_of), next(iter(state.owners)))
