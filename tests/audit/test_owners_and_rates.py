@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+import safeloop as sl
+
 Loop = Callable[[Any, bool], None]
 TWINS: list[tuple[str, str, Loop]] = []
 

@@ -76,8 +76,8 @@ class FrozenButMoving(EventCheck):
         self._times[event.owner] += 1
         if self._times[event.owner] == 3:
             yield self.fault(
-                f"{listed(names)} {agree(len(names), 'does', 'do')} not require grad, with a gradient still there: every "
-                f"step of `{event.owner}` moves {agree(len(names), 'it', 'them')}",
+                f"{listed(names)} {agree(len(names), 'does', 'do')} not require grad, with a gradient still there: "
+                f"every step of `{event.owner}` moves {agree(len(names), 'it', 'them')}",
                 where=at(event.site, f"step of `{event.owner}`"),
                 why="`requires_grad_(False)` stops new gradients; the last one stays in `.grad`, and momentum and "
                 "weight decay act on it",
