@@ -30,6 +30,7 @@ from safeloop.autograd.tape import Call, next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
+from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
@@ -181,7 +182,11 @@ class LoopWatch:
         self._handle(history_faults(self.gradients.finish(), is_over=False))
 
     def _tell(self, event: Event, state: LoopState) -> None:
-        if faults := [fault for check in self._events for fault in check.see(event, state)]:
+        faults = [fault for check in self._events for fault in check.see(event, state)]
+        if any(fault.code == NonFiniteGradient.code for fault in faults):
+            self._is_bad_told = True  # the weights are bad from here on: what follows from that is no news
+            self._open.tape.witness = None
+        if faults:
             self._handle(faults)
 
     def _surveyed(self, event: Backward, roots: list[Tensor], found: Survey, call: Call) -> None:

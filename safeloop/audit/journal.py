@@ -100,9 +100,10 @@ class Journal:
 
     def stepped(self, owner: str) -> None:
         """A step is over: the backward passes of its closure are used."""
-        self.state.inside = ""
         if self.state.is_known:
             self.flush()
+        self.state.inside = ""
+        if self.state.is_known:
             self._use_up(owner)
 
     def note(self, kind: str, site: Site | None, names: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,6 +14,7 @@ from safeloop.audit.journal import Journal, is_zero
 from safeloop.audit.shims import is_inside_scaler
 from safeloop.autograd.sites import user_site
 from safeloop.checks.events import Update
+from safeloop.checks.gradients.nonfinite import sample_of
 
 REPEATS = 10
 """Equal events in a row that are told on plain iterations; no check needs more of them."""
@@ -41,6 +43,7 @@ class Updates:
         self._structures: set[str] = set()
         self._signatures: dict[str, _Signature] = {}
         self._repeats: dict[str, int] = {}
+        self._samples: dict[str, nn.Parameter | None] = {}
 
     def is_news(self, owner: str, optimizer: Optimizer) -> bool:
         """Whether an update must be told on a plain iteration: after many of the same kind one more says nothing."""
@@ -52,7 +55,17 @@ class Updates:
                 self._structures.add(structure)
                 self._ask()
         self._repeats[owner] += 1
-        return self._repeats[owner] <= REPEATS or not self._repeats[owner] % EVERY
+        return self._repeats[owner] <= REPEATS or not self._repeats[owner] % EVERY or self._is_bad(owner, optimizer)
+
+    def _is_bad(self, owner: str, optimizer: Optimizer) -> bool:
+        """Whether one small gradient on the CPU, where nobody waits for it, holds NaN or infinity."""
+        if owner not in self._samples:
+            self._samples[owner] = sample_of(optimizer)
+        sample = self._samples[owner]
+        gradient = None if sample is None else sample.grad
+        if gradient is None or gradient.layout is not torch.strided or not gradient.is_cpu or gradient.is_complex():
+            return False
+        return not math.isfinite(float(gradient.sum().tolist()))  # type: ignore[arg-type]
 
     def event(
         self, owner: str, optimizer: Optimizer, *, is_deep: bool, has_closure: bool = False, skipped: bool = False

@@ -133,7 +133,7 @@ class ZeroTrace:
             leaf = frozenset([id(node.variable)])
             if (hook := _hook_of(node.variable)) is not None:
                 yield Stop(node.name(), -1, leaf, "hooked", _site(hook))
-            elif len(givers) > 1 and all(giver.name().startswith(_SUMS) for giver in givers):
+            elif len(givers) > 1 and all(giver.name().partition("Backward")[0] in _SUMS for giver in givers):
                 yield Stop(node.name(), max(int(giver._sequence_nr()) for giver in givers), leaf, "cancelled")
 
 

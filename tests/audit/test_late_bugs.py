@@ -63,16 +63,7 @@ def test_frozen_parameters_that_keep_their_gradient() -> None:
         if step == BEGINS:
             model[0].requires_grad_(False)  # type: ignore[index]
 
-    assert codes(happens) == ["SL651", "SL650"]
-
-
-def test_a_part_that_is_frozen_for_good() -> None:
-    def happens(step: int, model: nn.Module, optimizer: SGD, kept: dict[str, Any]) -> None:
-        if step == BEGINS:
-            optimizer.zero_grad()
-            model[0].requires_grad_(False)  # type: ignore[index]
-
-    assert codes(happens) == ["SL650"]
+    assert codes(happens) == ["SL651"]
 
 
 def test_a_schedule_of_an_optimizer_that_was_replaced() -> None:

@@ -19,7 +19,7 @@ def test_a_code_may_be_written_small(safeloop):
 
 
 def test_an_unknown_code_is_a_usage_error_that_names_the_nearest(safeloop):
-    done = safeloop("explain", "SL440")
+    done = safeloop("explain", "SL444")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "SL404" in done.stderr or "SL4" in done.stderr
 

@@ -72,9 +72,11 @@ class KeptStateIsLive(Check):
     def kept(self, holders: Iterable[tuple[str, Any]]) -> Iterator[Fault]:
         """The faults of values by name, at the second look that finds one."""
         live: dict[int, str] | None = None
+        seen: set[int] = set()
         for name, value in holders:
-            if not _KEPT.search(name.lower()) or not isinstance(value, Mapping):
+            if id(value) in seen or not _KEPT.search(name.lower()) or not isinstance(value, Mapping):
                 continue
+            seen.add(id(value))
             live = live or {p.data_ptr(): path for path, p in self._model.named_parameters() if p.numel()}
             shared = _shared(value, live)
             self._times[name] += bool(shared)

@@ -86,7 +86,7 @@ class NonFiniteGradient(EventCheck):
         if self._is_told or not isinstance(event, Update) or event.has_closure or event.is_scaled_step:
             return
         if event.owner not in self._samples:
-            self._samples[event.owner] = _sample(state.optimizers[event.owner])
+            self._samples[event.owner] = sample_of(state.optimizers[event.owner])
         sample = self._samples[event.owner]
         gradient = None if sample is None else sample.grad
         if gradient is None or gradient.is_sparse or gradient.is_complex() or (gradient.is_cuda and not event.is_deep):
@@ -162,7 +162,7 @@ def _named(owner: str, state: LoopState) -> Iterator[tuple[str, nn.Parameter]]:
                 yield name, parameter
 
 
-def _sample(optimizer: Any) -> nn.Parameter | None:
+def sample_of(optimizer: Any) -> nn.Parameter | None:
     """The smallest of an optimizer's first parameters: a bad gradient on its way back comes to those last."""
     first = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad][:_FIRST]
     small = [p for p in first if p.numel() <= _SMALL]

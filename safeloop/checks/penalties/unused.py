@@ -94,7 +94,7 @@ class PenaltyNotInLoss(CallCheck):
         elif self._found and call.grad_mode and getattr(call.out, "ndim", 1) == 0:
             for tensor in call.tensors:
                 for mark in call.tape.marks_of(tensor):
-                    if mark.kind == "second" and mark.site in self._found and call.site is not None:
+                    if mark.kind == "differentiable" and mark.site in self._found and call.site is not None:
                         self._found[mark.site].scalar = call.site
         return iter(())
 
@@ -134,4 +134,4 @@ class PenaltyNotInLoss(CallCheck):
         gradient.calls += 1
         for tensor in given:
             gradient.nodes.add(tensor.grad_fn._sequence_nr())
-            call.tape.mark(tensor, Mark("second", "grad", "", site, call.tape.module, 0))
+            call.tape.mark(tensor, Mark("differentiable", "grad", "", site, call.tape.module, 0))

@@ -26,9 +26,6 @@ class LoopOwners(EventCheck):
     optimizer without a trainable parameter when it has stepped for nothing until the end.
     """
 
-    code = ParameterOwnedTwice.code
-    title = ParameterOwnedTwice.title
-
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._moved: dict[str, str] = {}

@@ -85,10 +85,11 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
 
 
 def _summed(tensor: Tensor, wanted: set[tuple[Any, int]]) -> set[tuple[Any, int]]:
-    """Those of some nodes that a term is a sum of; a term that is one of them itself is not."""
+    """Those of some nodes that a term is a sum of; a term that is one of them, or a multiple of one, is not."""
     found: set[tuple[Any, int]] = set()
     waiting: list[Any] = [tensor.grad_fn]
     seen: set[Any] = set()
+    is_sum = False
     while waiting and len(seen) < _MOST:
         node = waiting.pop()
         if node is None or node in seen:
@@ -98,5 +99,6 @@ def _summed(tensor: Tensor, wanted: set[tuple[Any, int]]) -> set[tuple[Any, int]
         kind = node.name().partition("Backward")[0]
         if kind in _SUMS or (kind in _FACTORS and len(ways) == 1):
             found |= wanted & set(ways)
+            is_sum = is_sum or len(ways) > 1
             waiting += [following for following, _ in ways]
-    return found
+    return found if is_sum else set()

@@ -139,12 +139,18 @@ class GradientsForNobody(EventCheck):
         self._told |= ready.keys()
         if not loose:
             return
+        loose = {n: f for n, f in loose.items() if self._is_at_work(n)}
         first = [name for name, f in loose.items() if self._was_trainable(name, f.tensor)]
         if first:
             yield from self._from_the_start(first, state)
         later = {name: found for name, found in loose.items() if name not in first}
         for kind in dict.fromkeys(self._kind(name, found.tensor, state) for name, found in later.items()):
             yield self._later(kind, {n: f for n, f in later.items() if self._kind(n, f.tensor, state) == kind}, state)
+
+    def _is_at_work(self, name: str) -> bool:
+        """Whether a parameter's module is not in eval mode beside others that train, as a fixed network is."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        return module.training or not any(m.training and m._parameters for m in self._model.modules())
 
     def _was_trainable(self, name: str, tensor: Tensor) -> bool:
         known, trainable = self._first.get(name, (None, False))
