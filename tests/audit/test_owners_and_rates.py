@@ -552,3 +552,25 @@ def test_a_trainer_names_a_parameter_that_was_replaced_in_the_middle() -> None:
         Run(model=net, data=[torch.randn(8, 4)], run={"max_steps": 10}, **sections).fit()
     assert (caught.value.fault.code, caught.value.fault.names) == ("SL214", ("2.weight",))
     assert "step 3" in caught.value.fault.where
+
+
+@pytest.mark.parametrize(("is_clamped", "expected"), [(True, []), (False, ["SL657"])])
+def test_a_multiplier_that_is_clamped_at_zero_is_at_work(is_clamped: bool, expected: list[str], watched: Any) -> None:
+    model, multiplier = net(), nn.Parameter(torch.zeros(()))
+    primal = SGD(model.parameters(), lr=0.01)
+    dual = SGD([multiplier], lr=0.1 if is_clamped else 1e-30, maximize=True)
+    if not is_clamped:
+        multiplier.data.fill_(0.5)
+    with watched(model, {"primal": primal, "dual": dual}) as audit:
+        for _ in range(24):
+            out = model(torch.randn(8, 4))
+            primal.zero_grad()
+            dual.zero_grad()
+            (out.square().mean() - multiplier * (out.square().mean() + 1)).backward()
+            primal.step()
+            dual.step()
+            if is_clamped:
+                with torch.no_grad():
+                    multiplier.clamp_(min=0)
+            audit.step()
+    assert [fault.code for fault in audit.faults] == expected

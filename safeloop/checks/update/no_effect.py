@@ -24,6 +24,8 @@ _COLLAPSED = 1e-8
 _SAMPLE = 8
 """Parameters that are compared: the smallest of an optimizer."""
 
+_PROJECTIONS = ("clamp_", "clip_", "clamp_min_", "clamp_max_", "mul_", "div_", "add_", "sub_", "relu_", "abs_")
+
 
 class StepChangesNothing(EventCheck, CallCheck):
     """An optimizer steps, has gradients and a learning rate, and not one weight changes.
@@ -73,11 +75,13 @@ class StepChangesNothing(EventCheck, CallCheck):
     title = "steps change no weight"
     severity = "warning"
 
-    hears: ClassVar[frozenset[str]] = frozenset(("copy_",))
+    hears: ClassVar[frozenset[str]] = frozenset(("copy_", *_PROJECTIONS))
 
     def __init__(self) -> None:
         self._copied: dict[int, Site | None] = {}
         """where the values lie that the loop wrote over since the last step"""
+        self._projected: set[int] = set()
+        """where those lie that it changed in another way: moved back into a range, as a multiplier below zero"""
         self._before: dict[str, tuple[Update, list[tuple[str, Tensor, Tensor]]]] = {}
         self._row: Counter[str] = Counter()
         self._told: set[str] = set()
@@ -85,14 +89,18 @@ class StepChangesNothing(EventCheck, CallCheck):
 
     def hear(self, call: Call) -> Iterator[Fault]:
         """Notes who writes over what."""
-        if isinstance(call.args[0], Tensor) and (pointer := storage_pointer(call.args[0])):
-            self._copied[pointer] = call.site
+        if call.args and isinstance(call.args[0], Tensor) and (pointer := storage_pointer(call.args[0])):
+            if call.name == "copy_":
+                self._copied[pointer] = call.site
+            else:
+                self._projected.add(pointer)
         return iter(())
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the end of the tenth iteration in a row whose step changed nothing."""
         if isinstance(event, Update):
             self._copied.clear()
+            self._projected.clear()
             self._before.pop(event.owner, None)
             top = self._largest[event.owner] = max(self._largest.get(event.owner, 0.0), *event.rates, 0.0)
             has_collapsed = bool(event.rates) and max(event.rates) < _COLLAPSED * top
@@ -105,6 +113,7 @@ class StepChangesNothing(EventCheck, CallCheck):
             self._before.clear()
 
     def _compare(self, owner: str, update: Update, sample: list[tuple[str, Tensor, Tensor]]) -> Iterator[Fault]:
+        sample = [one for one in sample if storage_pointer(one[1]) not in self._projected]
         is_same = bool(sample) and all(bool((p.detach() == before).all()) for _, p, before in sample)
         self._row[owner] = self._row[owner] + 1 if is_same else 0
         if self._row[owner] != _ENOUGH:
