@@ -92,7 +92,7 @@ class StepChangesNothing(EventCheck, CallCheck):
         if call.args and isinstance(call.args[0], Tensor) and (pointer := storage_pointer(call.args[0])):
             if call.name == "copy_":
                 self._copied[pointer] = call.site
-            else:
+            elif call.is_direct:
                 self._projected.add(pointer)
         return iter(())
 
