@@ -64,6 +64,8 @@ class StepAudit:
         permitted: Collection[str] = (),
     ) -> None:
         self.budget = budget
+        self.is_on = budget.level != "off"
+        """whether any step is looked at in depth"""
         self.first = 0
         """the step of the run at which this watch begins: the first of a stage"""
         self._ledger = ledger
@@ -87,11 +89,6 @@ class StepAudit:
         self._evaluations = 0
         self._is_deep = False
         self._structures: set[tuple[Any, ...]] = set()
-
-    @property
-    def is_on(self) -> bool:
-        """Whether any step is looked at in depth."""
-        return self.budget.level != "off"
 
     def wants(self, step: int) -> bool:
         """Whether this step, which begins now, is looked at in depth."""

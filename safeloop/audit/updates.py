@@ -18,8 +18,10 @@ from safeloop.checks.gradients.nonfinite import sample_of
 
 REPEATS = 10
 """Equal events in a row that are told on plain iterations; no check needs more of them."""
-EVERY = 16
-"""Of further ones, each so manieth is told, for what no signature shows, such as a NaN."""
+SAMPLED = 4
+"""Of further ones, each so manieth has a small gradient looked at: a NaN stays once it is there."""
+EVERY = 64
+"""Of further ones, each so manieth is told, for what no signature shows."""
 
 _TINY = 1e-10
 """a learning rate below which nothing moves"""
@@ -55,7 +57,10 @@ class Updates:
                 self._structures.add(structure)
                 self._ask()
         self._repeats[owner] += 1
-        return self._repeats[owner] <= REPEATS or not self._repeats[owner] % EVERY or self._is_bad(owner, optimizer)
+        times = self._repeats[owner]
+        if times <= REPEATS or not times % EVERY:
+            return True
+        return not times % SAMPLED and self._is_bad(owner, optimizer)
 
     def _is_bad(self, owner: str, optimizer: Optimizer) -> bool:
         """Whether one small gradient on the CPU, where nobody waits for it, holds NaN or infinity."""
