@@ -124,13 +124,13 @@ class AlwaysZero(Check):
     """A parameter's gradient is exactly zero on every step.
 
     ## What it does
-    Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of
-    at least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line,
-    at the end or, in a loop of your own, after 200 steps, unless the parameter has moved since: a weight may be zero at
+    Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of at
+    least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line, at
+    the end or, in a loop of your own, after 200 steps, unless the parameter has moved since: a weight may be zero at
     first. Attention to a single token gives its query and key no gradient, and is well; so is the bias of a layer whose
-    weight gets one: differences of its outputs, as in a contrastive loss, do not depend on it. An error where the derivative
-    of that operation is zero everywhere, as of a rounding: no value can revive it. Cost: a norm for each gradient;
-    hooks on the graph for one backward pass where something is zero.
+    weight gets one: differences of its outputs, as in a contrastive loss, do not depend on it. An error where the
+    derivative of that operation is zero everywhere, as of a rounding: no value can revive it. Cost: a norm for each
+    gradient; hooks on the graph for one backward pass where something is zero.
 
     ## Why it is bad
     The parameter does not learn, although it is connected: a ReLU whose units are all inactive, a saturated clamp or
