@@ -18,7 +18,7 @@ from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal
-from safeloop.audit.lifetime import Lifetimes, holders_of_frames, holders_of_modules
+from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
 from safeloop.audit.means import count_means
 from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
@@ -288,7 +288,7 @@ class LoopWatch:
 
     def _scan(self) -> None:
         frame = sys._getframe(1)
-        holders = [*holders_of_frames(frame), *holders_of_modules(self._model)]
+        holders = [*holders_of_frames(frame), *holders_of_modules(self._model), *globals_of_frames(frame)]
         faults = list(self._lifetimes.kept(holders))
         self._handle([*faults, *self._aliases.kept(holders_of_frames(frame, unless="save"))])
 

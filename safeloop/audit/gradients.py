@@ -34,7 +34,8 @@ class GradientWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.history = History(dimensions={name: p.dim() for name, p in model.named_parameters()})
+        dimensions = {name: p.dim() for name, p in model.named_parameters()}
+        self.history = History(dimensions=dimensions, weight_of=_weights(model))
         self._model = model
         self._trace: ZeroTrace | None = None
         self._ids: dict[str, int] = {}
@@ -229,6 +230,17 @@ def _why_stopped(stop: Stop) -> str:
         if node.startswith(name):
             return f"{node} lets no gradient through: {text}"
     return f"{node} lets no gradient through: its derivative is zero at these values"
+
+
+def _weights(model: nn.Module) -> dict[str, str]:
+    """The bias of each of torch's own layers -> its weight."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        own = module._parameters
+        if type(module).__module__.startswith("torch.nn.") and own.get("bias") is not None and "weight" in own:
+            prefix = f"{path}." if path else ""
+            found[f"{prefix}bias"] = f"{prefix}weight"
+    return found
 
 
 def _norms(gradients: list[Tensor]) -> list[float]:

@@ -219,6 +219,15 @@ def holders_of_frames(frame: FrameType | None, *, unless: str = "") -> Iterator[
         frame = frame.f_back
 
 
+def globals_of_frames(frame: FrameType | None) -> Iterator[tuple[str, Any]]:
+    """Globals that the user's running functions use: lists of losses, and functions that use others."""
+    while frame is not None:
+        code, names = frame.f_code, frame.f_globals
+        if is_user_code(code) and frame.f_locals is not names:
+            yield from ((name, names[name]) for name in code.co_names if name in names)
+        frame = frame.f_back
+
+
 def holders_of_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of the modules that are neither parameters nor modules."""
     for path, module in model.named_modules():

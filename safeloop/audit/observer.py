@@ -15,6 +15,7 @@ from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
+from safeloop.audit.opened import methods_of
 from safeloop.audit.stretch import build_tape, is_compiled, tell_broken
 from safeloop.autograd.survey import survey
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
@@ -108,7 +109,8 @@ class StepAudit:
         if self._is_deep and own in _SCANS:
             holders = [*holders_of_modules(self._model)]
             holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
-            self.faults([*self._lifetimes.kept(holders), *self._aliases.kept(holders)], step)
+            methods = [named for thing in self._holders for named in methods_of(thing)]
+            self.faults([*self._lifetimes.kept([*holders, *methods]), *self._aliases.kept(holders)], step)
         if own + 1 in (FIRST_STEPS, LATE):
             self._tell_history(step, is_over=False)
 

@@ -1,13 +1,15 @@
-"""What objects of the user's hold: a meter, a memory bank, a replay buffer, also in lists and dicts."""
+"""What objects and functions of the user's hold: a meter, a memory bank, a list in a closure, a dict of them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from safeloop.autograd.sites import is_user_code
 
 _DEPTH = 3
 _MOST = 500
@@ -17,7 +19,7 @@ _CLOSED = frozenset(("torch", "safeloop", "builtins", "numpy", "collections", "f
 
 
 def opened(holders: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Values by name, each followed by the attributes of the plain objects in it: `meters['loss'].sum`."""
+    """Values by name, each followed by what the plain objects and the functions in it hold: `meters['loss'].sum`."""
     seen: set[int] = set()
     for name, value in holders:
         yield name, value
@@ -27,7 +29,13 @@ def opened(holders: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 def _attributes(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if not depth or isinstance(value, Tensor) or len(seen) >= _MOST:
         return
-    if _is_plain(value):
+    if isinstance(value, (FunctionType, MethodType)):
+        if id(value) not in seen:
+            seen.add(id(value))
+            for key, held in variables_of(value):
+                yield key, held
+                yield from _attributes(key, held, depth, seen)  # a function is no level of its own
+    elif _is_plain(value):
         if id(value) in seen:
             return
         seen.add(id(value))
@@ -37,6 +45,31 @@ def _attributes(name: str, value: Any, depth: int, seen: set[int]) -> Iterator[t
     else:
         for place, item in _members(value):
             yield from _attributes(f"{name}{place}", item, depth - 1, seen)
+
+
+def variables_of(function: FunctionType | MethodType) -> Iterator[tuple[str, Any]]:
+    """What a function of the user's uses and does not get as an argument: variables around it, and globals."""
+    if isinstance(function, MethodType):
+        yield "self", function.__self__
+        yield from variables_of(function.__func__)  # type: ignore[arg-type]
+        return
+    code = function.__code__
+    if not is_user_code(code):
+        return
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from ((name, function.__globals__[name]) for name in code.co_names if name in function.__globals__)
+
+
+def methods_of(thing: object) -> Iterator[tuple[str, FunctionType]]:
+    """The functions in the user's classes that an object is of."""
+    for kind in type(thing).__mro__:
+        for name, method in list(vars(kind).items()):
+            if isinstance(method, FunctionType) and is_user_code(method.__code__):
+                yield name, method
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:

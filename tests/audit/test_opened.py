@@ -61,7 +61,7 @@ def test_what_an_object_keeps_is_named_by_its_attribute(make: Callable[[], Any],
 def test_the_line_that_made_the_value_is_told() -> None:
     meters: dict[str, Meter] = defaultdict(Meter)
     (fault,) = run(lambda loss: meters["loss"](loss), meters=meters)
-    assert fault.names == ("held['meters']['loss'].sum",)
+    assert fault.names == ("meters['loss'].sum",)  # the lambda's own variable
     assert "# guilty" in fault.where
 
 
@@ -88,3 +88,78 @@ def test_a_buffer_that_keeps_graphs_is_named() -> None:
             keep(loss)
             audit.step()
     assert [(fault.code, fault.names) for fault in audit.faults] == [("SL311", ("average",))]
+
+
+HISTORY: list[Tensor] = []
+
+
+def keep_globally(loss: Tensor) -> None:
+    HISTORY.append(loss)
+
+
+def run_with_global(detach: bool) -> tuple[Any, ...]:
+    HISTORY.clear()
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(9):
+            optimizer.zero_grad()
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            keep_globally(loss.detach() if detach else loss)
+            audit.step()
+    return audit.faults
+
+
+def test_a_global_that_a_helper_appends_to_is_named() -> None:
+    assert [(fault.code, fault.names) for fault in run_with_global(False)] == [("SL311", ("HISTORY",))]
+    assert not run_with_global(True)
+
+
+class Centered:
+    """A loss function that keeps a running centre of what it has seen."""
+
+    def __init__(self, detach: bool) -> None:
+        self.center: Any = torch.zeros(4)
+        self.detach = detach
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        out = model(batch)
+        loss = (out - self.center.detach()).square().mean()
+        self.center = 0.9 * self.center + 0.1 * (out.detach() if self.detach else out).mean(0)
+        return loss
+
+
+def closure(detach: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    seen: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        value = model(batch).square().mean()
+        seen.append(value.detach() if detach else value)
+        return value
+
+    return loss
+
+
+def fit(function: Callable[[nn.Module, Tensor], Tensor], run_dir: Any) -> tuple[Any, ...]:
+    case = {"loss": function}
+
+    class Run(sl.Trainer):
+        def loss(self, batch: Tensor) -> Tensor:
+            return case["loss"](self.model, batch)
+
+    sgd = {"type": "SGD", "lr": 0.01}
+    options: dict[str, Any] = {"run": {"dir": run_dir, "max_steps": 9}, "log": {"sinks": []}}
+    trainer = Run(model=nn.Linear(4, 4), data=[torch.randn(8, 4)] * 9, optimizers=sgd, **options)
+    try:
+        trainer.fit()
+    except sl.FaultError as error:
+        return (error.fault,)
+    return tuple(trainer.faults)
+
+
+@pytest.mark.parametrize(("make", "name"), [(Centered, "case['loss'].center"), (closure, "seen")])
+def test_what_a_trainers_loss_function_keeps_is_named(make: Callable[[bool], Any], name: str, tmp_path: Any) -> None:
+    assert [(fault.code, fault.names) for fault in fit(make(False), tmp_path / "bad")] == [("SL311", (name,))]
+    assert not fit(make(True), tmp_path / "good")

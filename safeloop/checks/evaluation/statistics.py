@@ -20,15 +20,22 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
+_COMPARED = frozenset(
+    ("argmax", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits")
+)
+"""What a validation does with an output; statistics that are estimated again throw theirs away."""
+
 
 class StatisticsFromValidation(CallCheck, EventCheck):
     """Batch normalisation takes data into its running statistics that nothing is trained on.
 
     ## What it does
     Follows what comes out of batch normalisation in train mode under `no_grad` or `inference_mode`, and tells where no
-    loss of that iteration used it, in at least two iterations. Teachers and generated samples, from which a loss is
-    computed, and statistics that are estimated again on purpose (`update_bn`, `reset_running_stats`) are left alone.
-    In a Trainer `metrics` runs in eval mode by itself. Cost: none beyond the tape of calls.
+    loss of that iteration used it: in at least two iterations, or in one in which several batches were compared with
+    something (`cross_entropy`, `argmax`), as in a validation at the end of an epoch. Teachers and generated samples,
+    from which a loss is computed, and statistics that are estimated again on purpose (`update_bn`,
+    `reset_running_stats`) are left alone. In a Trainer `metrics` runs in eval mode by itself. Cost: none beyond the
+    tape of calls.
 
     ## Why it is bad
     The model was evaluated without `model.eval()`: each result depends on the batch that it is in, and the statistics
@@ -71,7 +78,7 @@ class StatisticsFromValidation(CallCheck, EventCheck):
 
     code = "SL702"
     title = "validation data in running statistics"
-    hears = frozenset(("batch_norm", "backward", "zero_", "fill_", "copy_"))
+    hears = frozenset(("batch_norm", "backward", "zero_", "fill_", "copy_")) | _COMPARED
 
     def __init__(self) -> None:
         self._trained: set[str] = set()
@@ -80,10 +87,16 @@ class StatisticsFromValidation(CallCheck, EventCheck):
         self._fresh: set[str] = set()
         self._times: Counter[str] = Counter()
         self._told: set[str] = set()
+        self._compared: set[int] = set()
 
     def hear(self, call: Call) -> Iterator[Fault]:
         """Note forwards in train mode under no_grad, and which of them a loss uses."""
         tape = call.tape
+        if call.name in _COMPARED:
+            self._compared |= {
+                id(mark) for tensor in call.tensors for mark in tape.marks_of(tensor)
+            } & self._open.keys()
+            return iter(())
         if call.name == "backward":
             used = {id(mark) for tensor in call.tensors for mark in tape.marks_of(tensor)}
             self._open = {key: mark for key, mark in self._open.items() if key not in used}
@@ -107,9 +120,12 @@ class StatisticsFromValidation(CallCheck, EventCheck):
             return
         left, self._open = self._open, {}
         fresh, self._fresh = self._fresh, set()
+        compared, self._compared = self._compared, set()
+        batches = Counter(mark.module for key, mark in left.items() if key in compared)
         modules = {mark.module: mark for mark in left.values() if mark.module not in fresh}
         self._times.update(modules.keys())
-        names = [module for module in modules if self._times[module] >= 2 and module not in self._told]
+        times = {module: max(self._times[module], batches[module]) for module in modules}
+        names = [module for module in modules if times[module] >= 2 and module not in self._told]
         if names:
             self._told |= set(names)
             yield self.fault(

@@ -124,12 +124,13 @@ class AlwaysZero(Check):
     """A parameter's gradient is exactly zero on every step.
 
     ## What it does
-    Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of
-    at least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line,
-    at the end or, in a loop of your own, after 200 steps, unless the parameter has moved since: a weight may be zero at
-    first. Attention to a single token gives its query and key no gradient, and is well. An error where the derivative
-    of that operation is zero everywhere, as of a rounding: no value can revive it. Cost: a norm for each gradient;
-    hooks on the graph for one backward pass where something is zero.
+    Looks at the norm of every gradient on the steps that are looked at in depth. Where it was exactly zero on all of at
+    least 5, the operation or the hook that lets nothing through is looked for in the graph, and told with its line, at
+    the end or, in a loop of your own, after 200 steps, unless the parameter has moved since: a weight may be zero at
+    first. Attention to a single token gives its query and key no gradient, and is well; so is the bias of a layer whose
+    weight gets one: differences of its outputs, as in a contrastive loss, do not depend on it. An error where the
+    derivative of that operation is zero everywhere, as of a rounding: no value can revive it. Cost: a norm for each
+    gradient; hooks on the graph for one backward pass where something is zero.
 
     ## Why it is bad
     The parameter does not learn, although it is connected: a ReLU whose units are all inactive, a saturated clamp or
@@ -176,7 +177,7 @@ class AlwaysZero(Check):
         groups: dict[tuple[str, str], list[str]] = {}
         cured: set[tuple[str, str]] = set()
         for name, trace in view.traces.items() if view.is_late else ():
-            is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps
+            is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps and not view.is_mere_shift(name)
             if is_zero and trace.cause is not None and trace.cause.kind in _SHOWN:
                 cause = trace.cause.text, at(trace.cause.site, "")
                 groups.setdefault(cause, []).append(name)

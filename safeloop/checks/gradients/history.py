@@ -70,6 +70,8 @@ class History:
     traces: dict[str, Trace] = field(default_factory=dict)
     dimensions: Mapping[str, int] = field(default_factory=dict)
     """parameter -> how many dimensions it has"""
+    weight_of: Mapping[str, str] = field(default_factory=dict)
+    """bias of one of torch's own layers -> the weight that it is added to the product of"""
     steps: int = 0
     where: str = ""
     terms_zero: dict[str, int] = field(default_factory=dict)
@@ -88,6 +90,11 @@ class History:
     """how often the history was looked at"""
     optional: frozenset[str] = frozenset()
     """parameters of modules that are never used, while others of the same container are: they may come later"""
+
+    def is_mere_shift(self, name: str) -> bool:
+        """Whether a bias is alone without a gradient, since a shift changes no difference: what it adds cancels."""
+        weight = self.traces.get(self.weight_of.get(name, ""))
+        return weight is not None and weight.largest > 0
 
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Names of parameters, in the model's order."""

@@ -60,8 +60,8 @@ class GraphsKept(Check):
 
     ## What it does
     After iterations 5, 10 and 19, looks through the variables of the loop, the attributes of its `self` and those of
-    the modules, also in lists, dicts and objects such as meters, for tensors whose graphs were made before four or more
-    different updates.
+    the modules, also in lists, dicts and objects such as meters, and through the variables and globals that their
+    functions use, for tensors whose graphs were made before four or more different updates.
 
     ## Why it is bad
     A tensor that is kept keeps its whole graph, with every activation that it saved. Memory grows with each iteration

@@ -21,6 +21,10 @@ _APART = 1e4
 """rates further apart than this are no choice of one scale"""
 _NEW_HEAD = 1e5
 """the same where the later layers have the larger rate, as a new head on a pretrained body has"""
+_UPSIDE_DOWN = 100
+"""the same where a body, by its name, has the larger rate than the head on it"""
+_BODIES = frozenset(("backbone", "encoder", "features", "feature_extractor", "body", "trunk", "stem", "pretrained"))
+_HEADS = frozenset(("head", "heads", "classifier", "cls_head", "lm_head", "fc", "probe"))
 _RUNG = 1e3
 """a ladder of rates (a decay per layer) has smaller steps, however long it is"""
 _ROUNDING = 1 + 1e-9
@@ -46,8 +50,9 @@ class LearningRatesFarApart(Check):
 
     ## What it does
     Compares the learning rates of the groups of an optimizer, and of optimizers of one class, before the first step:
-    the initial ones, where a scheduler has begun. It warns where they differ 10,000 times or more (100,000 times where
-    the later layers have the larger rate, as a new head on a pretrained body has). A ladder of rates, each within 1,000
+    the initial ones, where a scheduler has begun. It warns where they differ 10,000 times or more (over 100,000 times
+    where the later layers have the larger rate, as a new head on a pretrained body has; 100 times where a `backbone` or
+    `encoder` has the larger rate and the `head` or `classifier` the smaller one). A ladder of rates, each within 1,000
     times of the next, is a choice, and so is a rate of zero.
 
     ## Why it is bad
@@ -233,15 +238,26 @@ def _far_apart(groups: list[_Group]) -> tuple[_Group, _Group] | None:
     whole = ladder[-1].rate / ladder[0].rate
     if len(ladder) > 2 and whole * _ROUNDING >= _APART and all(_is_later(low, high) for _, low, high in gaps):
         return ladder[0], ladder[-1]  # a decay per layer the wrong way round: the later, the slower
+    if _UPSIDE_DOWN * ladder[0].rate <= ladder[-1].rate * _ROUNDING and _is_upside_down(ladder[0], ladder[-1]):
+        return ladder[0], ladder[-1]
     gap, low, high = max(gaps, key=lambda found: found[0])
     if _is_later(high, low):
-        return (low, high) if gap * _ROUNDING >= _NEW_HEAD else None
+        return (low, high) if gap > _NEW_HEAD * _ROUNDING else None
     return (low, high) if gap * _ROUNDING >= _RUNG and whole * _ROUNDING >= _APART else None
 
 
 def _is_later(one: _Group, other: _Group) -> bool:
     """Whether all of `one` comes after all of `other` in the model."""
     return bool(one.positions and other.positions) and min(one.positions) > max(other.positions)
+
+
+def _is_upside_down(slow: _Group, fast: _Group) -> bool:
+    """Whether the slow one is a head by its name, and the fast one a body."""
+    return _is_called(slow, _HEADS) and not _is_called(slow, _BODIES) and _is_called(fast, _BODIES)
+
+
+def _is_called(group: _Group, words: frozenset[str]) -> bool:
+    return all(words.intersection(name.split(".")) for name in group.names)
 
 
 def _place(group: _Group) -> tuple[str, int]:

@@ -81,6 +81,27 @@ def test_an_evaluation_of_a_convolution_in_train_mode_is_told() -> None:
     assert [fault.code for fault in loop(model, after, IMAGES, Y[:8])] == ["SL702"]
 
 
+def once(read: Callable[[Tensor], Any]) -> Callable[[nn.Module, int], Any]:
+    """At the end of the only epoch, several batches."""
+
+    def after(model: nn.Module, i: int) -> None:
+        if i == 4:
+            with torch.no_grad():
+                for k in range(3):
+                    read(model(VALIDATION + k))
+
+    return after
+
+
+def test_one_validation_of_several_batches_is_told() -> None:
+    faults = loop(Net(), once(lambda out: F.mse_loss(out, Y).item()))
+    assert [(fault.code, fault.names) for fault in faults] == [("SL702", ("encoder.1",))]
+
+
+def test_statistics_that_are_estimated_again_by_hand_are_no_fault() -> None:
+    assert loop(Net(), once(lambda out: None)) == []
+
+
 def leave(model: nn.Module, i: int) -> None:
     if i == 2:
         model.eval()

@@ -373,3 +373,34 @@ def test_a_term_that_is_still_zero_after_the_first_twenty_steps_is_no_fault(trai
         }
 
     assert trained(make, steps=30, level="full") == []
+
+
+def contrast(model: nn.Module, margin: float) -> Tensor:
+    """Pairs of which each second one is equal: neither part depends on what the last bias adds to both."""
+    same = torch.arange(len(X)) % 2 > 0
+    distance = (model(X) - model(torch.where(same[:, None], X, X.flip(0)))).square().sum(1).add(1e-8).sqrt()
+    return (same * distance.square() + ~same * F.relu(margin - distance).square()).mean()
+
+
+def test_a_bias_that_a_difference_cancels_is_no_fault(audited: Any) -> None:
+    def make() -> Any:
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+        return model, lambda i: contrast(model, 4.0 if i % 2 else 0.0)
+
+    assert audited(make) == []
+
+
+def test_a_bias_of_ones_own_that_is_multiplied_by_zero_is_told(audited: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(6, 1)), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + 0.0 * self.bias  # guilty
+
+    def make() -> Any:
+        model = Scaled()
+        return model, lambda i: F.mse_loss(model(X), Y)
+
+    assert [(fault.code, fault.names) for fault in audited(make)] == [("SL503", ("bias",))]

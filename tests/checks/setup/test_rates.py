@@ -52,6 +52,19 @@ def test_a_far_too_fast_head_is_named_too():
     assert found_in(model, main=torch.optim.SGD(groups((model.backbone, 1e-6), (model.head, 0.5))))
 
 
+def test_a_head_that_is_slower_than_its_backbone_is_named():
+    model = Net()
+    assert found_in(model, main=torch.optim.AdamW(groups((model.backbone, 1e-3), (model.head, 1e-5))))
+    assert found_in(model, main=torch.optim.AdamW(groups((model.backbone, 1e-3), (model.head, 1e-4)))) == []
+    unnamed = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    assert found_in(unnamed, main=torch.optim.AdamW(groups((unnamed[0], 1e-3), (unnamed[1], 1e-5)))) == []
+
+
+def test_a_head_that_is_a_hundred_thousand_times_faster_is_right():
+    model = Net()
+    assert found_in(model, main=torch.optim.Adam(groups((model.backbone, 1e-7), (model.head, 1e-2)))) == []
+
+
 def test_a_tensor_rate_is_read():
     model = Net()
     rates = torch.tensor(0.5), torch.tensor(1e-6)
