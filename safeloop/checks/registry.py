@@ -105,6 +105,7 @@ FILES: dict[str, str] = {
     "SL446": "terms/derivatives.py",  # NothingToDerive
     "SL447": "setup/watch.py",  # WatchRefused
     "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
+    "SL450": "terms/constants.py",  # ConstantPartOfLoss
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient
