@@ -38,7 +38,7 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
         *_stepped_between(error, message, model, watch),
         *_unreduced(message, watch),
         *_nothing_to_clip(error),
-        *_translated(error, model),
+        *_translated(error, model, watch),
     ]
 
 
@@ -72,10 +72,10 @@ def _nothing_to_clip(error: RuntimeError) -> Iterator[Fault]:
     )
 
 
-def _translated(error: RuntimeError, model: nn.Module) -> Iterator[Fault]:
+def _translated(error: RuntimeError, model: nn.Module, watch: LoopWatch) -> Iterator[Fault]:
     found = user_frame(error.__traceback__)
     where = "the loop" if found is None else str(found[1])
-    fault = translate(error, terms_source=where, model=model)
+    fault = translate(error, terms_source=where, model=model, tape=watch.tape)
     if fault is not None:
         yield fault
 

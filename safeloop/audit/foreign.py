@@ -26,7 +26,7 @@ from safeloop.audit.updates import EVERY, REPEATS, Updates, is_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
-from safeloop.autograd.tape import Call, next_node
+from safeloop.autograd.tape import Call, Tape, next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
@@ -36,6 +36,7 @@ from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
+from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.views import GradientsView
 from safeloop.faults import Fault
@@ -76,8 +77,9 @@ class LoopWatch:
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
+        self._constants = ConstantPartOfLoss()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
-        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors]
+        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, self._constants]
         both = [check for check in calls if isinstance(check, EventCheck)]
         self._events += both
         self.gradients = GradientWatch(model)
@@ -109,6 +111,11 @@ class LoopWatch:
     def tape_is_on(self) -> bool:
         """Whether calls of torch functions are recorded now."""
         return self._open.is_on
+
+    @property
+    def tape(self) -> Tape:
+        """The calls of the iterations that were looked at in depth."""
+        return self._open.tape
 
     @property
     def broken(self) -> list[Exception]:
@@ -193,6 +200,7 @@ class LoopWatch:
         self._poll_schedulers()
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
+        faults += self._constants.summed(roots)
         for kind, args in list(call.tape.functions.items()):
             if kind not in self._known_functions:
                 self._known_functions.add(kind)

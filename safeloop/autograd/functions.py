@@ -62,7 +62,7 @@ class _Probe:
     def __init__(self, kind: type[torch.autograd.Function], args: Sequence[Any]) -> None:
         floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
         self.places = [i for i in floats if args[i].requires_grad] or floats
-        self.values = [a.detach().double() if i in self.places else a for i, a in enumerate(args)]
+        self.values = [a.detach().double() if i in floats else a for i, a in enumerate(args)]  # of one dtype
         self._kind = kind
 
     def forward(self, shifts: Sequence[Tensor] = ()) -> Tensor:

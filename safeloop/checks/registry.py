@@ -67,6 +67,7 @@ FILES: dict[str, str] = {
     "SL316": "graph/recomputed.py",  # RecomputedOtherwise
     "SL317": "graph/samples.py",  # SampleWithoutGradient (warning)
     "SL318": "graph/itself.py",  # CopyOfItself (warning)
+    "SL330": "graph/straight_through.py",  # StraightThroughReversed
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
@@ -104,6 +105,7 @@ FILES: dict[str, str] = {
     "SL446": "terms/derivatives.py",  # NothingToDerive
     "SL447": "setup/watch.py",  # WatchRefused
     "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
+    "SL450": "terms/constants.py",  # ConstantPartOfLoss
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient

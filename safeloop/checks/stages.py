@@ -20,6 +20,7 @@ from safeloop.checks.graph.itself import CopyOfItself
 from safeloop.checks.graph.leaves import GradientOfNonLeaf
 from safeloop.checks.graph.recomputed import CheckpointRunsTwice
 from safeloop.checks.graph.samples import SampleWithoutGradient
+from safeloop.checks.graph.straight_through import StraightThroughReversed
 from safeloop.checks.penalties.second import OperationWithoutSecondDerivative
 from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttribute
 from safeloop.checks.setup.containers import ModulesInPlainContainer
@@ -152,6 +153,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         CheckpointRunsTwice(),
         SampleWithoutGradient(),
         GradientOfNonLeaf(),
+        StraightThroughReversed(),
         StatisticsLeftBehind(),
         FrozenStatistics(model, frozen),
     ]

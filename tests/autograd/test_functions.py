@@ -50,6 +50,11 @@ WRONG = {
         [X, POSITIVE],
     ),
     "one of two is wrong": (lambda x, w: x @ w, lambda g, x, w: (g @ w, x.t() @ g), [X, W]),
+    "one does not require grad and stays in float64 too": (
+        lambda x, w, scale: scale * (x @ w),
+        lambda g, x, w, scale: (None, x.t() @ g, None),
+        [X.detach(), W, 0.3],
+    ),
     "mean as a sum": (lambda x: x.square().mean(), lambda g, x: g * 2 * x, [X]),
     "sum over the batch forgotten factor": (lambda x, b: x * b, lambda g, x, b: (g * b, g.sum(0)), [X, B]),
     "softmax without its cross terms": (

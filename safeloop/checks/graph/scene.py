@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from safeloop.autograd.saved_changes import SavedTensorChange
+from safeloop.autograd.tape import Mark, Tape
 from safeloop.checks.setup.scan import items_of
 from safeloop.checks.source import Place, frames, is_user_code, user_frame
 
@@ -32,6 +33,8 @@ class Scene:
     """inference tensors among the local variables of the user's functions"""
     change: SavedTensorChange | None = None
     """what a guard of saved tensors knows of it, where one was on"""
+    tape: Tape | None = None
+    """the calls before it, where they were listened to"""
 
     @property
     def where(self) -> str:
@@ -49,12 +52,17 @@ class Scene:
         chains = (_resolve(chain.split("."), self.frame) for chain in _CHAIN.findall(self.place.text))
         return dict(filter(None, chains))
 
+    def cut_of(self, tensor: Tensor) -> Mark | None:
+        """Where the first gradient path of a tensor ended, as far as the tape knows."""
+        marks = () if self.tape is None else self.tape.marks_of(tensor)
+        return next((mark for mark in marks if mark.kind == "cut"), None)
+
     def parameter_name(self, tensor: Tensor) -> str:
         """The full name of a parameter of the model; empty for any other tensor."""
         return next((name for name, p in self.model.named_parameters() if p is tensor), "")
 
 
-def scene_of(error: BaseException, terms_source: str, model: nn.Module) -> Scene:
+def scene_of(error: BaseException, terms_source: str, model: nn.Module, tape: Tape | None = None) -> Scene:
     """Read the traceback of `error`, which must still be attached."""
     found = user_frame(error.__traceback__)
     frame, place = found if found is not None else (None, None)
@@ -67,6 +75,7 @@ def scene_of(error: BaseException, terms_source: str, model: nn.Module) -> Scene
         module=_module(error.__traceback__, model),
         inference=tuple(dict.fromkeys(_inference(error.__traceback__))),
         change=getattr(error, "change", None),
+        tape=tape,
     )
 
 
