@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.utils import clip_grad
 
+from safeloop.audit.cut_off import with_origin
+from safeloop.autograd.tape import Tape
 from safeloop.checks.events import Update
 from safeloop.checks.gradients.flow import NoGradient
 from safeloop.checks.graph.saved import SavedTensorChanged
@@ -38,7 +40,7 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
         *_stepped_between(error, message, model, watch),
         *_unreduced(message, watch),
         *_nothing_to_clip(error),
-        *_translated(error, model),
+        *_translated(error, model, watch.tape),
     ]
 
 
@@ -72,12 +74,12 @@ def _nothing_to_clip(error: RuntimeError) -> Iterator[Fault]:
     )
 
 
-def _translated(error: RuntimeError, model: nn.Module) -> Iterator[Fault]:
+def _translated(error: RuntimeError, model: nn.Module, tape: Tape) -> Iterator[Fault]:
     found = user_frame(error.__traceback__)
     where = "the loop" if found is None else str(found[1])
     fault = translate(error, terms_source=where, model=model)
     if fault is not None:
-        yield fault
+        yield with_origin(fault, error, tape)
 
 
 def _stepped_between(error: RuntimeError, message: str, model: nn.Module, watch: LoopWatch) -> Iterator[Fault]:

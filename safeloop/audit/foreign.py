@@ -26,7 +26,7 @@ from safeloop.audit.updates import EVERY, REPEATS, Updates, is_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
-from safeloop.autograd.tape import Call, next_node
+from safeloop.autograd.tape import Call, Tape, next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
@@ -109,6 +109,11 @@ class LoopWatch:
     def tape_is_on(self) -> bool:
         """Whether calls of torch functions are recorded now."""
         return self._open.is_on
+
+    @property
+    def tape(self) -> Tape:
+        """The record of calls, of the last iteration that was looked at in depth."""
+        return self._open.tape
 
     @property
     def broken(self) -> list[Exception]:

@@ -40,7 +40,9 @@ class Scene:
             forward = "" if self.change is not None else "; torch keeps no forward line"
             return f"backward pass of the loss terms of {self.terms_source}{forward}"
         module = f"; module {self.module}" if self.module else ""
-        return f"{self.place}{module}; loss function {self.terms_source}"
+        # a loop that is not ours has no loss function: there the line itself is given
+        source = "" if self.terms_source == str(self.place) else f"; loss function {self.terms_source}"
+        return f"{self.place}{module}{source}"
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that the user's line names, by the expression that names them; looked up without running code."""

@@ -1,0 +1,68 @@
+"""Where a tensor without a graph came from, of which a loop of the user's asks a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from safeloop.autograd.opnames import COMPARISONS, ESCAPES
+from safeloop.autograd.tape import Mark, Tape
+from safeloop.checks.graph.derivatives import TensorWithoutGraph
+from safeloop.checks.source import at, frames
+from safeloop.checks.wording import listed
+from safeloop.faults import Fault
+
+_MANY = 2
+
+
+def with_origin(fault: Fault, error: BaseException, tape: Tape) -> Fault:
+    """The fault with what the tape knows of the tensor: the line that made it, and where its path was cut."""
+    asked = [t for t in _asked_of(error) if not t.requires_grad]
+    if fault.code != TensorWithoutGraph.code or not asked:
+        return fault
+    marks = list({id(m): m for t in asked for m in tape.marks_of(t) if m.kind == "cut"}.values())
+    made = dict.fromkeys(at(site, "") for t in asked if (site := tape.site_of(t)) is not None)
+    if not marks and not made:  # it was made while nobody looked: nothing is known of it
+        return fault
+    where = "".join(f"; made at {line}" for line in list(made)[:_MANY])
+    if marks:
+        why = f"its gradient path to {listed(_reached(marks, tape))} was {_cuts(marks)}"
+    elif left := [m for m in tape.marks if m.kind == "cut" and m.name in ESCAPES - COMPARISONS]:
+        why = f"nothing that it was computed from has a path to a parameter; the graph was {_cuts(left)}"
+    else:
+        why = "nothing that it was computed from has a path to a parameter: what the model gave is not used in it"
+    return replace(fault, where=fault.where + where, why=why)
+
+
+def _asked_of(error: BaseException) -> Iterator[Tensor]:
+    """The tensors that `torch.autograd` was asked to differentiate, from its own frames."""
+    for frame, _ in frames(error.__traceback__):
+        if frame.f_code.co_filename != torch.autograd.__file__:
+            continue
+        name = {"backward": "tensors", "grad": "outputs"}.get(frame.f_code.co_name, "")
+        value = frame.f_locals.get(name, ())
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _reached(marks: list[Mark], tape: Tape) -> list[str]:
+    live = 0
+    for mark in marks:
+        live |= mark.live
+    return tape.names_of(live)
+
+
+def _cuts(marks: list[Mark]) -> str:
+    """Where, and by what; where grad mode was off also who had called."""
+    first = {mark.site: mark for mark in reversed(marks)}
+    told = [mark for mark in marks if first[mark.site] is mark]
+    return "; ".join(_cut(mark) for mark in told[:_MANY])
+
+
+def _cut(mark: Mark) -> str:
+    called = "".join(f", called from {at(site, '')}" for site in mark.callers[:_MANY])
+    return f"cut at {at(mark.site, 'an unknown line')}{called}, by {mark.reason}"
