@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.utils import clip_grad
 
-from safeloop.audit.cut_off import with_origin
+from safeloop.audit.cut_off import no_tensor, with_origin
 from safeloop.autograd.tape import Tape
 from safeloop.checks.events import Update
 from safeloop.checks.gradients.flow import NoGradient
@@ -34,6 +34,8 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
     message = str(error)
     if isinstance(error, AssertionError):
         return list(_scaler_without_loss(error, message))
+    if isinstance(error, AttributeError):
+        return list(no_tensor(error, watch.tape))
     if not isinstance(error, RuntimeError):
         return []
     return [

@@ -1,17 +1,21 @@
-"""Where a tensor without a graph came from, of which a loop of the user's asks a gradient."""
+"""Where a loss without a graph came from, of which a loop of the user's asks a gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Number
 
 import torch
 from torch import Tensor
 
 from safeloop.autograd.opnames import COMPARISONS, ESCAPES
 from safeloop.autograd.tape import Mark, Tape
+from safeloop.checks.check import Check
 from safeloop.checks.graph.derivatives import TensorWithoutGraph
-from safeloop.checks.source import at, frames
+from safeloop.checks.source import at, frames, user_frame
+from safeloop.checks.terms.kinds import TermIsAPythonNumber
+from safeloop.checks.terms.values import TermIsNotATensor
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -30,11 +34,33 @@ def with_origin(fault: Fault, error: BaseException, tape: Tape) -> Fault:
     where = "".join(f"; made at {line}" for line in list(made)[:_MANY])
     if marks:
         why = f"its gradient path to {listed(_reached(marks, tape))} was {_cuts(marks)}"
-    elif left := [m for m in tape.marks if m.kind == "cut" and m.name in ESCAPES - COMPARISONS]:
+    elif left := _left(tape):
         why = f"nothing that it was computed from has a path to a parameter; the graph was {_cuts(left)}"
     else:
         why = "nothing that it was computed from has a path to a parameter: what the model gave is not used in it"
     return replace(fault, where=fault.where + where, why=why)
+
+
+def no_tensor(error: AttributeError, tape: Tape) -> Iterator[Fault]:
+    """The fault of `backward()` on what is no tensor: a Python number, None, a numpy array or a collection."""
+    value, found = error.obj, user_frame(error.__traceback__)
+    if error.name != "backward" or found is None or not (value is None or _is_data(value)):
+        return
+    left = _left(tape)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    check: type[Check] = TermIsAPythonNumber if isinstance(value, Number) else TermIsNotATensor
+    why = "a path of the function that computes it ends without `return`" if value is None else "it carries no graph"
+    yield check.fault(
+        "`backward()` is called on " + ("None" if value is None else f"a {kind}") + ", not on a tensor",
+        where=str(found[1]),
+        why=why + (f"; a value of the model's was {_cuts(left)}" if left and value is not None else ""),
+        fix="compute the loss with torch functions, as one 0-d tensor, without `.item()`, `float()` or numpy; take it "
+        "out of a tuple or dict before `backward()`",
+    )
+
+
+def _is_data(value: object) -> bool:
+    return isinstance(value, Number | tuple | list | dict) or type(value).__module__ == "numpy"
 
 
 def _asked_of(error: BaseException) -> Iterator[Tensor]:
@@ -54,6 +80,13 @@ def _reached(marks: list[Mark], tape: Tape) -> list[str]:
     for mark in marks:
         live |= mark.live
     return tape.names_of(live)
+
+
+def _left(tape: Tape) -> list[Mark]:
+    """Where values left torch; a detach() may be the first half of it, as in `detach().numpy()`."""
+    cuts = [mark for mark in tape.marks if mark.kind == "cut"]
+    escapes = [mark for mark in cuts if mark.name in ESCAPES - COMPARISONS]
+    return escapes or [mark for mark in cuts if mark.name == "detach"]
 
 
 def _cuts(marks: list[Mark]) -> str:

@@ -82,3 +82,46 @@ def test_nothing_is_claimed_where_nobody_looked(watched: Any) -> None:
     (fault,) = loop(copied, watched, before=25)
     assert "made at" not in fault.where
     assert "nothing that it was computed from" not in fault.why
+
+
+def summed(model: nn.Module, x: Tensor) -> Any:
+    return sum(distance(model(row[None]), row[None]).item() for row in x) / len(x)
+
+
+def in_numpy(model: nn.Module, x: Tensor) -> Any:
+    return model(x).detach().numpy().mean()
+
+
+def unreturned(model: nn.Module, x: Tensor) -> Any:
+    distance(model(x), x)
+
+
+def with_logs(model: nn.Module, x: Tensor) -> Any:
+    return distance(model(x), x), {"step": 1}
+
+
+class Engine:
+    """Has no backward: the user's own mistake, and none of a gradient."""
+
+
+def other(model: nn.Module, x: Tensor) -> Any:
+    return Engine()
+
+
+@pytest.mark.parametrize(
+    ("loss", "code", "word"),
+    [
+        (summed, "SL402", "in summed"),
+        (in_numpy, "SL402", "in in_numpy"),
+        (unreturned, "SL401", "without `return`"),
+        (with_logs, "SL401", "it carries no graph"),
+        (other, "", ""),
+    ],
+)
+def test_backward_on_what_is_no_tensor_is_told(loss: Predict, code: str, word: str, watched: Any) -> None:
+    model = nn.Linear(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AttributeError), watched(model, sgd) as audit:
+        loss(model, torch.randn(4, 3)).backward()
+    assert [fault.code for fault in audit.faults] == ([code] if code else [])
+    assert all(word in fault.why and "backward()" in fault.where for fault in audit.faults)
