@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.utils import clip_grad
 
+from safeloop.audit.cut_off import no_tensor, with_origin
+from safeloop.autograd.tape import Tape
 from safeloop.checks.events import Update
 from safeloop.checks.gradients.flow import NoGradient
 from safeloop.checks.graph.saved import SavedTensorChanged
@@ -32,13 +34,15 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
     message = str(error)
     if isinstance(error, AssertionError):
         return list(_scaler_without_loss(error, message))
+    if isinstance(error, AttributeError):
+        return list(no_tensor(error, watch.tape))
     if not isinstance(error, RuntimeError):
         return []
     return [
         *_stepped_between(error, message, model, watch),
         *_unreduced(message, watch),
         *_nothing_to_clip(error),
-        *_translated(error, model, watch),
+        *_translated(error, model, watch.tape),
     ]
 
 
@@ -72,12 +76,12 @@ def _nothing_to_clip(error: RuntimeError) -> Iterator[Fault]:
     )
 
 
-def _translated(error: RuntimeError, model: nn.Module, watch: LoopWatch) -> Iterator[Fault]:
+def _translated(error: RuntimeError, model: nn.Module, tape: Tape) -> Iterator[Fault]:
     found = user_frame(error.__traceback__)
     where = "the loop" if found is None else str(found[1])
-    fault = translate(error, terms_source=where, model=model, tape=watch.tape)
+    fault = translate(error, terms_source=where, model=model)
     if fault is not None:
-        yield fault
+        yield with_origin(fault, error, tape)
 
 
 def _stepped_between(error: RuntimeError, message: str, model: nn.Module, watch: LoopWatch) -> Iterator[Fault]:

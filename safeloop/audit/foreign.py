@@ -114,7 +114,7 @@ class LoopWatch:
 
     @property
     def tape(self) -> Tape:
-        """The calls of the iterations that were looked at in depth."""
+        """The record of calls, of the last iteration that was looked at in depth."""
         return self._open.tape
 
     @property

@@ -10,7 +10,6 @@ from torch.autograd import Function
 from safeloop.autograd.second import once_differentiable_functions
 from safeloop.checks.check import Check
 from safeloop.checks.graph.scene import Scene
-from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -215,15 +214,12 @@ class TensorWithoutGraph(Check):
     @classmethod
     def of(cls, scene: Scene) -> Fault:
         """The fault for an error raised on the line that asks for the gradient."""
-        cut = {expr: t for expr, t in scene.tensors().items() if not t.requires_grad}
-        ends = next(filter(None, map(scene.cut_of, cut.values())), None)
+        cut = [expr for expr, t in scene.tensors().items() if not t.requires_grad]
         return cls.fault(
             "a gradient is asked for of, or with respect to, a tensor that does not require grad"
             + (f": on this line {listed(cut)}" if cut else ""),
-            where=scene.where if ends is None else f"{at(ends.site, 'the path ends')}: {ends.reason}; {scene.where}",
-            why="it was made under no_grad, detached, or `requires_grad_()` was not called before it was used"
-            if ends is None
-            else f"its path to the parameters ends in {ends.reason}",
+            where=scene.where,
+            why="it was made under no_grad, detached, or `requires_grad_()` was not called before it was used",
             fix="compute it with grad mode on and without detach(); call `x.requires_grad_()` before `x` is used",
         )
 

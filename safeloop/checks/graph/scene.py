@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from safeloop.autograd.saved_changes import SavedTensorChange
-from safeloop.autograd.tape import Mark, Tape
 from safeloop.checks.setup.scan import items_of
 from safeloop.checks.source import Place, frames, is_user_code, user_frame
 
@@ -33,8 +32,6 @@ class Scene:
     """inference tensors among the local variables of the user's functions"""
     change: SavedTensorChange | None = None
     """what a guard of saved tensors knows of it, where one was on"""
-    tape: Tape | None = None
-    """the calls before it, where they were listened to"""
 
     @property
     def where(self) -> str:
@@ -43,7 +40,9 @@ class Scene:
             forward = "" if self.change is not None else "; torch keeps no forward line"
             return f"backward pass of the loss terms of {self.terms_source}{forward}"
         module = f"; module {self.module}" if self.module else ""
-        return f"{self.place}{module}; loss function {self.terms_source}"
+        # a loop that is not ours has no loss function: there the line itself is given
+        source = "" if self.terms_source == str(self.place) else f"; loss function {self.terms_source}"
+        return f"{self.place}{module}{source}"
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that the user's line names, by the expression that names them; looked up without running code."""
@@ -52,17 +51,12 @@ class Scene:
         chains = (_resolve(chain.split("."), self.frame) for chain in _CHAIN.findall(self.place.text))
         return dict(filter(None, chains))
 
-    def cut_of(self, tensor: Tensor) -> Mark | None:
-        """Where the first gradient path of a tensor ended, as far as the tape knows."""
-        marks = () if self.tape is None else self.tape.marks_of(tensor)
-        return next((mark for mark in marks if mark.kind == "cut"), None)
-
     def parameter_name(self, tensor: Tensor) -> str:
         """The full name of a parameter of the model; empty for any other tensor."""
         return next((name for name, p in self.model.named_parameters() if p is tensor), "")
 
 
-def scene_of(error: BaseException, terms_source: str, model: nn.Module, tape: Tape | None = None) -> Scene:
+def scene_of(error: BaseException, terms_source: str, model: nn.Module) -> Scene:
     """Read the traceback of `error`, which must still be attached."""
     found = user_frame(error.__traceback__)
     frame, place = found if found is not None else (None, None)
@@ -75,7 +69,6 @@ def scene_of(error: BaseException, terms_source: str, model: nn.Module, tape: Ta
         module=_module(error.__traceback__, model),
         inference=tuple(dict.fromkeys(_inference(error.__traceback__))),
         change=getattr(error, "change", None),
-        tape=tape,
     )
 
 

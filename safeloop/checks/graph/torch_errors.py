@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import nn
 
-from safeloop.autograd.tape import Tape
 from safeloop.checks.check import Check
 from safeloop.checks.graph.derivatives import (
     GradientOfNonScalar,
@@ -154,19 +153,18 @@ class GraphUsedTwice(Check):
         )
 
 
-def translate(error: RuntimeError, *, terms_source: str, model: nn.Module, tape: Tape | None = None) -> Fault | None:
+def translate(error: RuntimeError, *, terms_source: str, model: nn.Module) -> Fault | None:
     """The fault that explains one of torch's own errors, raised by a loss function or by backward; None for others.
 
     Args:
         error: as it was caught, with its traceback.
         terms_source: where the loss function is defined.
         model: searched for the names of parameters, modules and attributes.
-        tape: the calls before it, where they were listened to.
     """
     message = str(error)
     for part, explain in _KNOWN:
         if part in message:
-            return explain(scene_of(error, terms_source, model, tape))
+            return explain(scene_of(error, terms_source, model))
     return None
 
 

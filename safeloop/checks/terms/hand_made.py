@@ -210,7 +210,10 @@ class PenaltyThroughBatchNorm(CallCheck):
         outputs, inputs = tensors_at(call, 0, "outputs"), tensors_at(call, 1, "inputs")
         if not any(t.dim() > 1 and len(t) > 1 and not tape.live(t) for t in inputs):
             return
-        mixed = {m.module: m for t in outputs for m in tape.marks_of(t) if m.kind == "batch_norm"}
+        # what made the inputs, such as a generator, is not what is differentiated
+        before = {id(m) for t in inputs for m in tape.marks_of(t)}
+        met = (m for t in outputs for m in tape.marks_of(t) if m.kind == "batch_norm" and id(m) not in before)
+        mixed = {m.module: m for m in met}
         place = at(call.site, "torch.autograd.grad")
         if not mixed or place in self._told:
             return

@@ -120,3 +120,19 @@ def test_a_penalty_of_a_critic_without_batch_norm_on_features_that_have_it_is_me
         return model, step
 
     assert audited(make, steps=4) == []
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.BatchNorm1d(8)], ids=["LayerNorm", "BatchNorm1d"])
+def test_batch_norm_in_what_made_the_inputs_is_not_penalised(norm: nn.Module, audited: Any) -> None:
+    def make() -> Any:
+        generator = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())
+        model = nn.ModuleDict({"generator": generator, "critic": critic(norm)})
+
+        def step(i: int) -> Tensor:
+            fake = model["generator"](X)
+            return penalised(model["critic"], 0.5 * (X + fake).detach()) + model["critic"](fake).mean()
+
+        return model, step
+
+    found = [(fault.code, fault.names) for fault in audited(make, steps=4)]
+    assert found == ([("SL423", ("critic.1",))] if isinstance(norm, nn.BatchNorm1d) else [])
