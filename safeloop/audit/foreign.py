@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,16 +19,17 @@ from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
 from safeloop.audit.means import count_means
-from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers, find_schedulers, position
+from safeloop.audit.schedules import ScheduleWatch
+from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
-from safeloop.audit.updates import EVERY, REPEATS, Updates, is_bad
+from safeloop.audit.updates import EVERY, Updates, is_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, Tape, next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
-from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Schedule, Unscale, Update
+from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Unscale, Update
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
@@ -100,10 +100,7 @@ class LoopWatch:
         self._shims: dict[int, ScalerShim] = {}
         for scaler in find_scalers() if scalers is None else scalers:
             self._found_scaler(scaler)
-        self._finds_schedulers = schedulers is None
-        self._schedulers: dict[int, tuple[LRScheduler, Any]] = {}
-        self._moves: Counter[int] = Counter()
-        self._find_schedulers(schedulers or ())
+        self._schedules = ScheduleWatch(self.journal, optimizers, schedulers)
         self._did_step = False
         self._has_updated = True
 
@@ -152,8 +149,8 @@ class LoopWatch:
     def iterate(self) -> None:
         """One iteration of the loop is over."""
         if not self.journal.iteration:
-            self._find_schedulers()
-        self._poll_schedulers()
+            self._schedules.find()
+        self._schedules.poll(is_deep=self.is_deep)
         if self.is_deep or not self.journal.iteration % EVERY:
             self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:
@@ -197,7 +194,7 @@ class LoopWatch:
             self._handle(faults)
 
     def _surveyed(self, event: Backward, roots: list[Tensor], found: Survey, call: Call) -> None:
-        self._poll_schedulers()
+        self._schedules.poll(is_deep=self.is_deep)
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += self._constants.summed(roots)
@@ -220,7 +217,7 @@ class LoopWatch:
         if not self.is_deep and not has_closure and not is_news:
             self.journal.count(owner)
             return
-        self._poll_schedulers()
+        self._schedules.poll(is_deep=self.is_deep)
         event = self._updates.event(owner, optimizer, is_deep=self.is_deep, has_closure=has_closure)
         if self.is_deep and not has_closure and not event.was_skipped:
             self._moved.before(owner, optimizer, {name: self._parameters[name] for name in event.absent})
@@ -275,24 +272,6 @@ class LoopWatch:
         elif not self._did_step:
             event = self._updates.event(owner, optimizer, is_deep=self.is_deep, skipped=True)
             self.journal.record(replace(event, scale=float(scaler.get_scale())))
-
-    def _find_schedulers(self, given: Iterable[LRScheduler] = ()) -> None:
-        found = find_schedulers(self._optimizers.values()) if self._finds_schedulers else given
-        for scheduler in found:
-            self._schedulers.setdefault(id(scheduler), (scheduler, position(scheduler)))
-
-    def _poll_schedulers(self) -> None:
-        for key, (scheduler, before) in self._schedulers.items():
-            now = position(scheduler)
-            if now != before:
-                self._schedulers[key] = (scheduler, now)
-                self._moves[key] += 1
-                if not self.is_deep and self._moves[key] > REPEATS and self._moves[key] % REPEATS:
-                    continue
-                optimizer = scheduler.optimizer
-                owner = self.journal.owner_of(optimizer) or ""
-                called = bool(getattr(optimizer, "_opt_called", False))
-                self.journal.record(Schedule(None, self.journal.iteration, owner, scheduler, called))
 
     def _scan(self) -> None:
         frame = sys._getframe(1)
