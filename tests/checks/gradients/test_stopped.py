@@ -204,7 +204,7 @@ def test_a_straight_through_estimator_without_detach_is_told_with_its_line() -> 
             hard = (3 * z).round().detach()
             return self.decoder(z + (hard - z))  # guilty
 
-    (fault,) = faults_of(Net())
+    (fault,) = [fault for fault in faults_of(Net()) if fault.code != "SL330"]  # which tells the same line at once
     assert (fault.code, fault.names) == ("SL503", ("encoder.weight", "encoder.bias"))
     assert "# guilty" in fault.where
     assert "detach()" in fault.fix
