@@ -18,6 +18,8 @@ from safeloop.checks.gradients.nonfinite import sample_of
 
 REPEATS = 10
 """Equal events in a row that are told on plain iterations; no check needs more of them."""
+SAMPLED = 4
+"""Of further ones, each so manieth has a small gradient looked at: a NaN stays once it is there."""
 EVERY = 64
 """Of further ones, each so manieth is told, for what no signature shows."""
 
@@ -56,7 +58,9 @@ class Updates:
                 self._ask()
         self._repeats[owner] += 1
         times = self._repeats[owner]
-        return times <= REPEATS or not times % EVERY or self._is_bad(owner, optimizer)
+        if times <= REPEATS or not times % EVERY:
+            return True
+        return not times % SAMPLED and self._is_bad(owner, optimizer)
 
     def _is_bad(self, owner: str, optimizer: Optimizer) -> bool:
         """Whether one small gradient on the CPU, where nobody waits for it, holds NaN or infinity."""
