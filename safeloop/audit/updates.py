@@ -19,9 +19,11 @@ from safeloop.checks.gradients.nonfinite import sample_of
 REPEATS = 10
 """Equal events in a row that are told on plain iterations; no check needs more of them."""
 SAMPLED = 4
-"""Of further ones, each so manieth has a small gradient looked at: a NaN stays once it is there."""
+"""Of further ones, one in so many has a small gradient looked at: a NaN stays once it is there."""
 EVERY = 64
-"""Of further ones, each so manieth is told, for what no signature shows."""
+"""Of further ones, one in so many is told, for what no signature shows."""
+MOST = 100
+"""Structures that are remembered; a loop with more of them changes by design, as one that drops layers at random"""
 
 _TINY = 1e-10
 """a learning rate below which nothing moves"""
@@ -42,7 +44,8 @@ class Updates:
         self._journal = journal
         self._modules = tuple(modules)
         self._ask = ask
-        self._structures: set[str] = set()
+        self._structures: set[int] = set()
+        """hashes: a signature is as long as the list of parameters"""
         self._signatures: dict[str, _Signature] = {}
         self._repeats: dict[str, int] = {}
         self._samples: dict[str, nn.Parameter | None] = {}
@@ -53,7 +56,8 @@ class Updates:
         if signature != self._signatures.get(owner):
             self._signatures[owner] = signature
             self._repeats[owner] = 0
-            if (structure := f"{owner} {signature}") not in self._structures:
+            structure = hash(f"{owner} {signature}")
+            if structure not in self._structures and len(self._structures) < MOST:
                 self._structures.add(structure)
                 self._ask()
         self._repeats[owner] += 1

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import safeloop as sl
 from safeloop.audit.budget import FIRST_STEPS
+from safeloop.audit.updates import MOST
 
 BEGINS, STEPS = 60, 90
 
@@ -152,3 +153,16 @@ def test_a_scaler_that_skips_everything() -> None:
         happens(step, model, optimizer, kept)
 
     assert codes(with_known, scaler=scaler) == ["SL643"]
+
+
+def test_what_is_remembered_of_a_loop_that_always_changes_has_an_end() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(8)))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, budget=0.0, on_fault="collect") as audit:
+        assert audit._watch is not None
+        updates = audit._watch._updates
+        for step in range(2 * MOST):
+            for bit, layer in enumerate(model):
+                layer.weight.grad = torch.zeros(2, 2) if step >> bit & 1 else None
+            updates.is_news("main", optimizer)
+        assert len(updates._structures) == MOST
