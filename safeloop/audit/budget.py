@@ -50,7 +50,7 @@ class Budget:
         """Whether a step, counted from 0, is looked at in depth."""
         if self.level != "standard":
             return self.level == "full"
-        return step < FIRST_STEPS or self._is_asked or step == self._next
+        return step < FIRST_STEPS or self._is_asked or (self._next is not None and step >= self._next)
 
     def done(self, step: int, seconds: float, *, was_deep: bool) -> None:
         """Take the time of a step that is over."""
@@ -61,7 +61,8 @@ class Budget:
         else:
             self._num_plain += 1
             self._plain = seconds if not self._plain else (1 - _SMOOTH) * self._plain + _SMOOTH * seconds
-        if self._share and step >= FIRST_STEPS and (was_deep or (self._next is None and self._num_plain >= _KNOWN)):
+        is_due = self._num_plain >= _KNOWN if self._next is None else step >= self._next
+        if self._share and step >= FIRST_STEPS and (was_deep or is_due):
             self._next = step + self.gap
 
     @property

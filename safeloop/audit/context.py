@@ -21,6 +21,7 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.shims import hookable
 from safeloop.audit.stray import StrayOptimizers
 from safeloop.audit.stretch import tell_broken
+from safeloop.audit.updates import GLANCE
 from safeloop.checks.setup.optimizers import NothingToTrain
 from safeloop.checks.stages import loop_setup_faults
 from safeloop.checks.views import SetupView
@@ -63,8 +64,11 @@ class Audit:
         self._watch: LoopWatch | None = None
         self._tick: RemovableHandle | None = None
         self._step = 0
+        self._quiet = 0
+        """iterations that are only counted, until the next that is more"""
         self._is_counted = False
-        self._started = 0.0
+        self._started = 0, 0.0
+        """an iteration, and when it began"""
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -80,6 +84,7 @@ class Audit:
         """Tell that one iteration of the loop is over; without it, iterations are counted by the optimizers' steps."""
         if not self._is_counted:
             self._is_counted = True
+            self._step = 0  # the optimizer's first step has counted it already
             self._stop_counting()
         self._over()
 
@@ -95,7 +100,7 @@ class Audit:
         known = [found for found in map(hookable, self.optimizers.values()) if found is not None]
         self._stray = StrayOptimizers(self.model, known, self._handle, self._watch.broken)
         self._watch.dive()
-        self._started = time.perf_counter()
+        self._started = self._step, time.perf_counter()
         return self
 
     def __exit__(
@@ -136,8 +141,14 @@ class Audit:
         watch = self._watch
         if watch is None:
             return
-        now = time.perf_counter()
-        self._budget.done(self._step, now - self._started, was_deep=watch.is_deep)
+        if self._quiet:
+            self._quiet -= 1
+            self._step += 1
+            watch.journal.iteration += 1
+            return
+        first, started = self._started
+        seconds = (time.perf_counter() - started) / (self._step + 1 - first)
+        self._budget.done(self._step, seconds, was_deep=watch.is_deep)
         try:
             watch.iterate()
         except FaultError:
@@ -150,14 +161,17 @@ class Audit:
             self._stray.close()
         if self._budget.wants(self._step):
             watch.dive()
-        elif watch.is_deep:
-            watch.surface()
-        self._started = time.perf_counter()
+        else:
+            if watch.is_deep:
+                watch.surface()
+            self._quiet = GLANCE - 1 - self._step % GLANCE
+        self._started = self._step, time.perf_counter()
 
     def _ask(self) -> None:
         """Something is new: have the next iteration looked at, where this one is not."""
         if self._watch is not None and not self._watch.is_deep:
             self._budget.ask()
+            self._quiet = 0
 
     def _handle(self, faults: list[Fault]) -> None:
         known = set(self._ledger.faults)

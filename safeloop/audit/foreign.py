@@ -103,11 +103,8 @@ class LoopWatch:
         self._schedules = ScheduleWatch(self.journal, optimizers, schedulers)
         self._did_step = False
         self._has_updated = True
-
-    @property
-    def tape_is_on(self) -> bool:
-        """Whether calls of torch functions are recorded now."""
-        return self._open.is_on
+        self._told_at = 0
+        """the last iteration whose end the checks were told of"""
 
     @property
     def tape(self) -> Tape:
@@ -151,7 +148,8 @@ class LoopWatch:
         if not self.journal.iteration:
             self._schedules.find()
         self._schedules.poll(is_deep=self.is_deep)
-        if self.is_deep or not self.journal.iteration % EVERY:
+        if self.is_deep or self.journal.iteration - self._told_at >= EVERY:
+            self._told_at = self.journal.iteration
             self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:
             self._scan()
@@ -213,9 +211,8 @@ class LoopWatch:
 
     def _before_step(self, owner: str, optimizer: Optimizer, has_closure: bool) -> None:
         self._did_step = True
-        is_news = self._updates.is_news(owner, optimizer)
-        if not self.is_deep and not has_closure and not is_news:
-            self.journal.count(owner)
+        if not self._updates.is_news(owner, optimizer) and not self.is_deep and not has_closure:
+            self.journal.state.updates[owner] += 1
             return
         self._schedules.poll(is_deep=self.is_deep)
         event = self._updates.event(owner, optimizer, is_deep=self.is_deep, has_closure=has_closure)
@@ -227,7 +224,8 @@ class LoopWatch:
 
     def _after_step(self, owner: str, optimizer: Optimizer) -> None:
         self._has_updated = True
-        self.journal.stepped(owner)
+        if self.is_deep or self.journal.state.inside:
+            self.journal.stepped(owner)
         if self.is_deep:
             where = f"step of `{owner}`, iteration {self.journal.iteration}"
             self._handle(list(self._moved.after(owner, optimizer, where)))

@@ -94,10 +94,6 @@ class Journal:
         self.flush()
         self._record(event)
 
-    def count(self, owner: str) -> None:
-        """An update of which there is nothing to tell."""
-        self.state.updates[owner] = self.state.updates.get(owner, 0) + 1
-
     def stepped(self, owner: str) -> None:
         """A step is over: the backward passes of its closure are used."""
         if self.state.is_known:
@@ -162,7 +158,7 @@ class Journal:
 
     def _updated(self, event: Update) -> None:
         if not event.was_skipped:
-            self.state.updates[event.owner] = self.state.updates.get(event.owner, 0) + 1
+            self.state.updates[event.owner] += 1
             self.state.last_update[event.owner] = event
         self._use_up(event.owner)
         self.state.unscaled.discard(event.owner)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from safeloop.checks.events import Update
 from safeloop.checks.gradients.nonfinite import sample_of
 
 REPEATS = 10
-"""Equal events in a row that are told on plain iterations; no check needs more of them."""
-SAMPLED = 4
-"""Of further ones, one in so many has a small gradient looked at: a NaN stays once it is there."""
-EVERY = 64
+"""Equal updates that are told on plain iterations; no check needs more of them."""
+GLANCE = 16
+"""Of further plain iterations, one in so many is compared in every respect: what is wrong then mostly stays so."""
+EVERY = 128
 """Of further ones, one in so many is told, for what no signature shows."""
 MOST = 100
 """Structures that are remembered; a loop with more of them changes by design, as one that drops layers at random"""
@@ -28,7 +29,17 @@ MOST = 100
 _TINY = 1e-10
 """a learning rate below which nothing moves"""
 
-_Signature = tuple[list[bool], list[tuple[int, list[tuple[bool, bool]]]]]
+
+class _Usual:
+    """What an optimizer does again and again."""
+
+    __slots__ = ("absent", "left")
+
+    def __init__(self, absent: list[bool], left: int) -> None:
+        self.absent = absent
+        """of each parameter, whether it has no gradient"""
+        self.left = left
+        """updates until the next one that is compared in every respect"""
 
 
 class Updates:
@@ -44,27 +55,35 @@ class Updates:
         self._journal = journal
         self._modules = tuple(modules)
         self._ask = ask
-        self._structures: set[int] = set()
-        """hashes: a signature is as long as the list of parameters"""
-        self._signatures: dict[str, _Signature] = {}
-        self._repeats: dict[str, int] = {}
+        self._times: Counter[int] = Counter()
+        """hash of a structure, which is as long as the list of parameters -> how often it was looked at"""
+        self._usual: dict[str, _Usual] = {}
+        self._was_skipped: set[str] = set()
         self._samples: dict[str, nn.Parameter | None] = {}
 
     def is_news(self, owner: str, optimizer: Optimizer) -> bool:
         """Whether an update must be told on a plain iteration: after many of the same kind one more says nothing."""
-        signature = _signature(optimizer, self._modules)
-        if signature != self._signatures.get(owner):
-            self._signatures[owner] = signature
-            self._repeats[owner] = 0
-            structure = hash(f"{owner} {signature}")
-            if structure not in self._structures and len(self._structures) < MOST:
-                self._structures.add(structure)
+        absent = [p.grad is None for group in optimizer.param_groups for p in group["params"]]
+        usual = self._usual.get(owner)
+        if usual is not None and usual.left and usual.absent == absent:
+            usual.left -= 1
+            return False
+        return self._is_news(owner, optimizer, absent)
+
+    def _is_news(self, owner: str, optimizer: Optimizer, absent: list[bool]) -> bool:
+        structure = hash((owner, *absent, *_respects(optimizer, self._modules)))
+        if structure not in self._times:
+            if len(self._times) < MOST:
                 self._ask()
-        self._repeats[owner] += 1
-        times = self._repeats[owner]
-        if times <= REPEATS or not times % EVERY:
+            else:
+                structure = 0  # all further ones together
+        self._times[structure] += 1
+        times = self._times[structure] - REPEATS
+        self._usual[owner] = _Usual(absent, GLANCE - 1 if times > 0 else 0)
+        if owner in self._was_skipped:
+            self._was_skipped.discard(owner)
             return True
-        return not times % SAMPLED and self._is_bad(owner, optimizer)
+        return times <= 0 or not times % (EVERY // GLANCE) or self._is_bad(owner, optimizer)
 
     def _is_bad(self, owner: str, optimizer: Optimizer) -> bool:
         """Whether one small gradient on the CPU, where nobody waits for it, holds NaN or infinity."""
@@ -82,7 +101,8 @@ class Updates:
         """An update that is about to happen, or that a gradient scaler has left out."""
         held = self._journal.claim(owner, optimizer)
         if skipped:
-            self._repeats[owner] = 0  # the next one that is not is news
+            self._usual.pop(owner, None)  # the next one that is not is news
+            self._was_skipped.add(owner)
         skipped = skipped or (is_deep and bool(getattr(optimizer, "found_inf", False)))  # a fused step skips itself
         frozen = frozenset(name for name, p in held if not p.requires_grad)
         looked_at = [(n, p.grad) for n, p in held if p.grad is not None and (n in frozen or is_deep)]
@@ -112,15 +132,16 @@ def is_bad(parameter: Any) -> bool:
     return not math.isfinite(float(values.detach().abs().float().norm()))
 
 
-def _signature(optimizer: Optimizer, modules: Sequence[nn.Module]) -> _Signature:
-    """Modes, of each group whether its rate is zero or tiny, of each parameter whether it is frozen and has a gradient.
+def _respects(optimizer: Optimizer, modules: Sequence[nn.Module]) -> Iterator[int]:
+    """Modes, of each group whether its rate is zero or tiny, of each parameter whether it is frozen.
 
     Nothing in it waits for a device.
     """
-    found = []
+    for module in modules:
+        yield module.training
     for group in optimizer.param_groups:
         rate = group.get("lr", 1.0)
         # a tensor may lie on a device: reading it would wait
-        size = 2 if isinstance(rate, Tensor) or abs(rate) > _TINY else int(rate != 0)
-        found.append((size, [(p.grad is None, p.requires_grad) for p in group["params"]]))
-    return [module.training for module in modules], found
+        yield 2 if isinstance(rate, Tensor) or abs(rate) > _TINY else int(rate != 0)
+        for p in group["params"]:
+            yield p.requires_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,7 @@ class LoopState:
     owners: dict[str, frozenset[str]] = field(default_factory=dict)
     """owner -> its trainable parameters"""
     held: dict[str, Held] = field(default_factory=dict)
-    updates: dict[str, int] = field(default_factory=dict)
+    updates: Counter[str] = field(default_factory=Counter)
     """owner -> how often it was stepped"""
     last_update: dict[str, Update] = field(default_factory=dict)
     order: list[Event] = field(default_factory=list)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import safeloop as sl
 from safeloop.audit.budget import FIRST_STEPS
-from safeloop.audit.updates import MOST
+from safeloop.audit.updates import GLANCE, MOST, REPEATS
 
 BEGINS, STEPS = 60, 90
 
@@ -165,4 +165,40 @@ def test_what_is_remembered_of_a_loop_that_always_changes_has_an_end() -> None:
             for bit, layer in enumerate(model):
                 layer.weight.grad = torch.zeros(2, 2) if step >> bit & 1 else None
             updates.is_news("main", optimizer)
-        assert len(updates._structures) == MOST
+        assert len(updates._times) == MOST + 1
+
+
+def test_two_structures_in_turn_are_told_no_more_often_than_one() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, budget=0.0, on_fault="collect") as audit:
+        assert audit._watch is not None
+        updates = audit._watch._updates
+        told = []
+        for step in range(20 * REPEATS):
+            for p in model[0].parameters():
+                p.grad = torch.zeros_like(p) if step % 2 else None
+            told.append(updates.is_news("main", optimizer))
+        assert all(told[: 2 * REPEATS])
+        assert sum(told[2 * REPEATS :]) <= 0.15 * len(told)
+
+
+def test_an_iteration_that_nothing_is_due_in_is_only_counted() -> None:
+    """Of sixteen iterations fifteen do no more than count; a change of structure ends the quiet at once."""
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, budget=0.0, on_fault="collect") as audit:
+        watch = audit._watch
+        assert watch is not None
+        over = []
+        watch.iterate = lambda: over.append(audit._step)  # type: ignore[method-assign]
+        for step in range(6 * GLANCE):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            if step == 4 * GLANCE + 3:
+                model[0].bias.grad = None
+            optimizer.step()
+            audit.step()
+    later = [step for step in over if step >= 2 * GLANCE]
+    changed = 4 * GLANCE + 3
+    assert later == [3 * GLANCE - 1, 4 * GLANCE - 1, changed, changed + 1, 5 * GLANCE - 1, 6 * GLANCE - 1]
