@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
@@ -68,10 +68,8 @@ class ForwardBirths:
             self._look_at_loss(call)
             return
         is_write = writes_to(call.name)
-        if self._pending is not None and is_write and not call.grad_mode and _writes_parameter(call):
-            if all(p.grad is None or kind_of(p.grad) is None for p in call.tape.parameters):
-                self._pending = replace(self._pending, severity="warning")  # a mask has kept it from them
-            self._tell()
+        if is_write and not call.grad_mode and self._pending is not None and _writes_parameter(call):
+            self.updating(call.tape.parameters)
             return
         written = [call.args[0]] if is_write and call.args and isinstance(call.args[0], Tensor) else []
         births: Births | None = None
@@ -87,6 +85,14 @@ class ForwardBirths:
                     return
                 births = self._births_of(func, call, tensor, kind)
             self._taint.put(tensor, births, is_write=is_write)
+
+    def updating(self, parameters: Iterable[Tensor]) -> None:
+        """Parameters are about to be updated: tell what a loss that is not finite has come from, if there was one."""
+        if self._pending is None:
+            return
+        if all(p.grad is None or kind_of(p.grad) is None for p in parameters):
+            self._pending = replace(self._pending, severity="warning")  # a mask has kept it from them
+        self._tell()
 
     def _births_of(self, func: Any, call: Call, out: Tensor, kind: Kind) -> Births:
         """The births that a bad result descends from, its own among them if it is one."""

@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from safeloop.audit.births import ForwardBirths
 from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
@@ -22,11 +23,11 @@ from safeloop.audit.means import count_means
 from safeloop.audit.schedules import ScheduleWatch
 from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
-from safeloop.audit.updates import EVERY, Updates, is_bad
+from safeloop.audit.updates import EVERY, Updates, are_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
-from safeloop.autograd.tape import Call, Tape, next_node
+from safeloop.autograd.tape import Call, Tape, next_node, unheard
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Unscale, Update
@@ -88,6 +89,8 @@ class LoopWatch:
         for name in ("cross_entropy", "nll_loss"):
             listeners.setdefault(name, []).append(count_means)
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
+        self._births = ForwardBirths(handle)
+        self._open.tape.witness = self._births.look
         self._guards = Guards(model, self._parameters, self._open.tape.writes)
         self._moved = MovedWithoutGradient()
         self._aliases = KeptStateIsLive(model)
@@ -105,6 +108,8 @@ class LoopWatch:
         self._has_updated = True
         self._told_at = 0
         """the last iteration whose end the checks were told of"""
+        self._is_hushed = False
+        """a step of PyTorch's own runs, every operation of which need not be looked at"""
 
     @property
     def tape(self) -> Tape:
@@ -152,7 +157,8 @@ class LoopWatch:
             self._told_at = self.journal.iteration
             self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:
-            self._scan()
+            with unheard():
+                self._scan()
         self.journal.iteration += 1
 
     def close(self) -> None:
@@ -214,23 +220,40 @@ class LoopWatch:
         if not self._updates.is_news(owner, optimizer) and not self.is_deep and not has_closure:
             self.journal.state.updates[owner] += 1
             return
+        with unheard():
+            self._tell_update(owner, optimizer, has_closure)
+        if self.is_deep and not has_closure and self._hooks.are_innermost(optimizer):
+            self._is_hushed = self._open.tape.is_deaf = True
+
+    def _tell_update(self, owner: str, optimizer: Optimizer, has_closure: bool) -> None:
         self._schedules.poll(is_deep=self.is_deep)
         event = self._updates.event(owner, optimizer, is_deep=self.is_deep, has_closure=has_closure)
-        if self.is_deep and not has_closure and not event.was_skipped:
+        is_taken = self.is_deep and not has_closure and not event.was_skipped
+        if is_taken:
             self._moved.before(owner, optimizer, {name: self._parameters[name] for name in event.absent})
             self._look(owner, optimizer, event)
         self.journal.record(event)
         self.journal.state.inside = owner
+        if is_taken and self._open.tape.witness is not None:
+            self._births.updating(self._open.tape.parameters)
+            if self._is_bad_told:
+                self._open.tape.witness = None
 
     def _after_step(self, owner: str, optimizer: Optimizer) -> None:
         self._has_updated = True
-        if self.is_deep or self.journal.state.inside:
-            self.journal.stepped(owner)
-        if self.is_deep:
+        if not self.is_deep and not self.journal.state.inside:
+            return
+        self.journal.stepped(owner)
+        if not self.is_deep:
+            return
+        with unheard():
+            owned = [self._parameters[name] for name in self.journal.state.owners[owner]]
+            if self._is_hushed:
+                self._is_hushed = self._open.tape.is_deaf = False
+                self._open.tape.wrote(owned)
             where = f"step of `{owner}`, iteration {self.journal.iteration}"
             self._handle(list(self._moved.after(owner, optimizer, where)))
-            owned = self.journal.state.owners[owner]
-            self._lifetimes.updated([self._parameters[name] for name in owned], next_node())
+            self._lifetimes.updated(owned, next_node())
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
         self._handle(self._guards.after_backward("", f"iteration {self.journal.iteration}"))
@@ -239,7 +262,7 @@ class LoopWatch:
         self.gradients.after(mine, self._open.tape, where)
         source = None if self._bad is None else self._bad.finish()
         self._bad = None
-        if not self._is_bad_told and any(is_bad(p) for p in mine.values()):
+        if not self._is_bad_told and are_bad(mine.values()):
             self._is_bad_told = True
             found = gradient_faults(GradientsView(mine, {}, self.journal.iteration, where))
             self._handle([self._born(fault, source) for fault in found])

@@ -35,6 +35,7 @@ class OptimizerHooks:
         broken: list[Exception],
     ) -> None:
         self._handles: list[Any] = []
+        self._ours: set[int] = set()
         for name, optimizer in optimizers.items():
             hooked = hookable(optimizer)
             if hooked is None:
@@ -59,6 +60,16 @@ class OptimizerHooks:
 
             self._handles.append(hooked.register_step_pre_hook(pre))
             self._handles.append(hooked.register_step_post_hook(post))
+            self._ours.update(handle.id for handle in self._handles[-2:])
+            # what hooks of the user's do is no part of the step: ours are the innermost
+            hooked._optimizer_step_post_hooks.move_to_end(self._handles[-1].id, last=False)  # type: ignore[attr-defined]
+
+    def are_innermost(self, optimizer: Optimizer) -> bool:
+        """Whether between our two hooks nothing runs but a step of PyTorch's own."""
+        pre = next(reversed(optimizer._optimizer_step_pre_hooks), None)
+        post = next(iter(optimizer._optimizer_step_post_hooks), None)
+        is_known = str(type(optimizer).step.__module__).startswith("torch.optim.")
+        return is_known and pre in self._ours and post in self._ours
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from torch import nn
 from torch.overrides import _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from safeloop.audit.births import ForwardBirths
 from safeloop.autograd.tape import Call, Listener, Tape
 from safeloop.checks.check import CallCheck
 from safeloop.faults import Fault
@@ -26,10 +25,7 @@ def build_tape(
     for check in checks:
         for name in check.hears:
             heard.setdefault(name, []).append(_listener(check, handle))
-    tape = Tape(model, heard)
-    if listeners is not None:  # a loop that is not ours, of which no step can be run again
-        tape.witness = ForwardBirths(handle).look
-    return tape
+    return Tape(model, heard)
 
 
 def _listener(check: CallCheck, handle: Callable[[list[Fault]], None]) -> Listener:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from safeloop.audit.journal import Journal, is_zero
 from safeloop.audit.shims import is_inside_scaler
+from safeloop.autograd.norms import each_norm
 from safeloop.autograd.sites import user_site
 from safeloop.checks.events import Update
 from safeloop.checks.gradients.nonfinite import sample_of
@@ -130,6 +131,14 @@ def is_bad(parameter: Any) -> bool:
         return False
     values = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
     return not math.isfinite(float(values.detach().abs().float().norm()))
+
+
+def are_bad(parameters: Iterable[Any]) -> bool:
+    """Whether one gradient is not finite; reads each device once where all are alike."""
+    present = [p.grad.detach() for p in parameters if p.grad is not None]
+    if not present:
+        return False
+    return not bool(each_norm(present).isfinite().all())
 
 
 def _respects(optimizer: Optimizer, modules: Sequence[nn.Module]) -> Iterator[int]:

@@ -12,17 +12,14 @@ def each_norm(gradients: Sequence[Tensor], *, uniform: bool = False) -> Tensor:
     """The 2-norm of every gradient: `[len(gradients)]`, on the device of the first.
 
     `torch.linalg.vector_norm` of the result is the norm of all gradients as if they were one vector: the same
-    operations in the
-    same order as `torch.nn.utils.get_total_norm`, hence the same bits. NaN or infinity in any gradient makes it
-    non-finite, so
-    that the finite check costs nothing more; a finite gradient above about 1e19 overflows float32 here as it does
-    there: see `exact_norm` before blaming it.
+    operations in the same order as `torch.nn.utils.get_total_norm`, hence the same bits. NaN or infinity in any
+    gradient makes it non-finite, so that the finite check costs nothing more; a finite gradient above about 1e19
+    overflows float32 here as it does there: see `exact_norm` before blaming it.
 
     Args:
         gradients: at least one tensor, of any shapes.
         uniform: the caller knows that all are dense, on one device and of one dtype; skips looking, which costs more
-        than the
-            norms themselves on small models.
+            than the norms themselves on small models.
     """
     if uniform or are_uniform(gradients):
         return torch.stack(torch._foreach_norm(list(gradients)))

@@ -226,6 +226,14 @@ class Tape(TorchFunctionMode):
             )
         return out
 
+    def wrote(self, tensors: Iterable[Tensor]) -> None:
+        """Something that was not heard, such as the step of an optimizer, has written into these."""
+        frame = user_frame(2)
+        if frame is not None:
+            site = site_of(frame)
+            for tensor in tensors:
+                self.writes.note(tensor, "step", site)
+
     def live(self, tensor: Tensor) -> int:
         """The parameters that a tensor has a gradient path to, as bits."""
         bit = self._bits.get(id(tensor))
@@ -359,7 +367,7 @@ class Tape(TorchFunctionMode):
 
     def _tell(self, listeners: Sequence[Listener], call: Call) -> None:
         call.grad_mode = torch.is_grad_enabled()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with unheard(), torch.no_grad():
             for hear in listeners:
                 try:
                     hear(call)
@@ -370,7 +378,7 @@ class Tape(TorchFunctionMode):
 
     def _show(self, witness: Witness, func: Any, call: Call) -> None:
         call.grad_mode = torch.is_grad_enabled()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with unheard(), torch.no_grad():
             try:
                 witness(func, call)
             except (FaultError, KeyboardInterrupt):
@@ -418,6 +426,11 @@ def _node_of(tensor: Tensor) -> Any:
         return tensor.grad_fn
     except RuntimeError:
         return None
+
+
+def unheard() -> Any:
+    """A context in which no tape hears what is called: for the audit's own looks at tensors."""
+    return torch._C.DisableTorchFunction()
 
 
 def next_node() -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safeloop.audit.updates import SAMPLED
+from safeloop.audit.updates import GLANCE
 
 STEPS = 8
 
@@ -135,7 +135,7 @@ def test_a_nan_loss_whose_gradients_are_finite_is_a_warning(watched: Any, loss_o
 def test_on_a_late_step_the_parameters_are_told_before_it(watched: Any, poison: Any) -> None:
     (fault,) = run(watched, lambda model, x, step: poison(model, x, step - 22), steps=30)
     assert fault.code == "SL501"
-    assert any(f"step {step}" in fault.where for step in range(26, 26 + SAMPLED)), "a NaN stays once it is there"
+    assert any(f"step {step}" in fault.where for step in range(26, 26 + GLANCE)), "a NaN stays once it is there"
     assert "`0.weight`" in fault.what
     assert 'level="full"' in fault.fix
 
