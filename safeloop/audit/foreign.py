@@ -20,17 +20,17 @@ from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
 from safeloop.audit.means import count_means
+from safeloop.audit.scaling import ScalerWatch
 from safeloop.audit.schedules import ScheduleWatch
-from safeloop.audit.shims import OptimizerHooks, ScalerShim, find_scalers
+from safeloop.audit.shims import OptimizerHooks
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.audit.updates import EVERY, Updates, are_bad
 from safeloop.autograd.bad import BadTrace, Source
-from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, Tape, next_node, unheard
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
-from safeloop.checks.events import Backward, Event, Iteration, LoopState, ScaleUpdate, Unscale, Update
+from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
@@ -85,7 +85,7 @@ class LoopWatch:
         self._events += both
         self.gradients = GradientWatch(model)
         self._lifetimes = Lifetimes(self._names)
-        listeners = Hearing(self.journal, self._surveyed, self._found_scaler).listeners
+        listeners = Hearing(self.journal, self._surveyed, lambda scaler: self._scalers.found(scaler)).listeners
         for name in ("cross_entropy", "nll_loss"):
             listeners.setdefault(name, []).append(count_means)
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
@@ -99,12 +99,9 @@ class LoopWatch:
         self._is_bad_told = False
         self.is_deep = False
         broken = self._open.tape.broken
+        self._scalers = ScalerWatch(self.journal, self._updates, scalers, broken)
         self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step, broken)
-        self._shims: dict[int, ScalerShim] = {}
-        for scaler in find_scalers() if scalers is None else scalers:
-            self._found_scaler(scaler)
         self._schedules = ScheduleWatch(self.journal, optimizers, schedulers)
-        self._did_step = False
         self._has_updated = True
         self._told_at = 0
         """the last iteration whose end the checks were told of"""
@@ -177,9 +174,7 @@ class LoopWatch:
         self._open.off()
         self._guards.stop()
         self._hooks.remove()
-        for shim in self._shims.values():
-            shim.remove()
-        self._shims.clear()
+        self._scalers.remove()
 
     def failed(self) -> list[Fault]:
         """What the watch knows of an error that ended the loop."""
@@ -216,7 +211,7 @@ class LoopWatch:
             self._handle(faults)
 
     def _before_step(self, owner: str, optimizer: Optimizer, has_closure: bool) -> None:
-        self._did_step = True
+        self._scalers.did_step = True
         if not self._updates.is_news(owner, optimizer) and not self.is_deep and not has_closure:
             self.journal.state.updates[owner] += 1
             return
@@ -274,25 +269,6 @@ class LoopWatch:
             return fault
         line = at(origin.site, origin.name)
         return replace(fault, where=f"{fault.where}; born in `{source.name}`, {line}")
-
-    def _found_scaler(self, scaler: GradScaler) -> None:
-        if id(scaler) not in self._shims:
-            self._shims[id(scaler)] = ScalerShim(scaler, self._scaler_told, self._open.tape.broken)
-
-    def _scaler_told(self, what: str, optimizer: Optimizer | None, scaler: GradScaler) -> None:
-        owner = self.journal.owner_of(optimizer)
-        iteration = self.journal.iteration
-        if what == "update":
-            self.journal.record(ScaleUpdate(user_site(), iteration))
-        elif owner is None or optimizer is None:
-            return
-        elif what == "unscale":
-            self.journal.record(Unscale(user_site(), iteration, owner))
-        elif what == "before step":
-            self._did_step = False
-        elif not self._did_step:
-            event = self._updates.event(owner, optimizer, is_deep=self.is_deep, skipped=True)
-            self.journal.record(replace(event, scale=float(scaler.get_scale())))
 
     def _scan(self) -> None:
         frame = sys._getframe(1)

@@ -16,7 +16,6 @@ from safeloop.audit.shims import is_inside_scaler
 from safeloop.autograd.norms import each_norm
 from safeloop.autograd.sites import user_site
 from safeloop.checks.events import Update
-from safeloop.checks.gradients.nonfinite import sample_of
 
 REPEATS = 10
 """Equal updates that are told on plain iterations; no check needs more of them."""
@@ -27,6 +26,8 @@ EVERY = 128
 MOST = 100
 """Structures that are remembered; a loop with more of them changes by design, as one that drops layers at random"""
 
+_SMALL = 4096
+_FIRST = 8
 _TINY = 1e-10
 """a learning rate below which nothing moves"""
 
@@ -86,15 +87,18 @@ class Updates:
             return True
         return times <= 0 or not times % (EVERY // GLANCE) or self._is_bad(owner, optimizer)
 
-    def _is_bad(self, owner: str, optimizer: Optimizer) -> bool:
-        """Whether one small gradient on the CPU, where nobody waits for it, holds NaN or infinity."""
+    def _is_bad(self, owner: str, optimizer: Optimizer, *, may_wait: bool = False) -> bool:
+        """Whether one small gradient holds NaN or infinity; on plain iterations only on the CPU, where nobody waits."""
         if owner not in self._samples:
-            self._samples[owner] = sample_of(optimizer)
+            self._samples[owner] = _sample_of(optimizer)
         sample = self._samples[owner]
         gradient = None if sample is None else sample.grad
-        if gradient is None or gradient.layout is not torch.strided or not gradient.is_cpu or gradient.is_complex():
+        if gradient is None or gradient.layout is not torch.strided or gradient.is_complex():
             return False
-        return not math.isfinite(float(gradient.sum().tolist()))  # type: ignore[arg-type]
+        if not gradient.is_cpu and not may_wait:
+            return False
+        is_finite = math.isfinite(float(gradient.sum().tolist()))  # type: ignore[arg-type]
+        return not is_finite and not bool(gradient.isfinite().all())
 
     def event(
         self, owner: str, optimizer: Optimizer, *, is_deep: bool, has_closure: bool = False, skipped: bool = False
@@ -122,6 +126,7 @@ class Updates:
             frozenset(name for name, p in held if name in frozen and p.grad is not None),
             tuple(name for name, p in held if is_bad(p)) if skipped else (),
             skipped,
+            is_bad=not has_closure and self._is_bad(owner, optimizer, may_wait=is_deep),
         )
 
 
@@ -139,6 +144,12 @@ def are_bad(parameters: Iterable[Any]) -> bool:
     if not present:
         return False
     return not bool(each_norm(present).isfinite().all())
+
+
+def _sample_of(optimizer: Any) -> nn.Parameter | None:
+    """The smallest of an optimizer's first parameters: a bad gradient on its way back comes to those last."""
+    first = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad][:_FIRST]
+    return min((p for p in first if p.numel() <= _SMALL), key=lambda p: p.numel(), default=None)
 
 
 def _respects(optimizer: Optimizer, modules: Sequence[nn.Module]) -> Iterator[int]:

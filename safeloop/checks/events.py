@@ -125,6 +125,8 @@ class Update(Event):
     was_skipped: bool = False
     scale: float | None = None
     """the factor of the gradient scaler that skipped it"""
+    is_bad: bool = False
+    """whether one small gradient, of those that may be read, holds NaN or infinity"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,6 @@ from safeloop.checks.wording import counted, listed
 from safeloop.faults import Fault
 
 _SHOWN = 4
-_SMALL = 4096
-_FIRST = 8
 _DEEP = 'the operation is named on steps that are looked at in depth: `sl.audit(..., level="full")` looks at all'
 
 
@@ -78,20 +74,11 @@ class NonFiniteGradient(EventCheck):
     title = "non-finite gradient"
 
     def __init__(self) -> None:
-        self._samples: dict[str, Any] = {}
         self._is_told = False
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """Before a step that nobody looks at in depth: whether one small gradient holds NaN or infinity."""
-        if self._is_told or not isinstance(event, Update) or event.has_closure or event.is_scaled_step:
-            return
-        if event.owner not in self._samples:
-            self._samples[event.owner] = sample_of(state.optimizers[event.owner])
-        sample = self._samples[event.owner]
-        gradient = None if sample is None else sample.grad
-        if gradient is None or gradient.is_sparse or gradient.is_complex() or (gradient.is_cuda and not event.is_deep):
-            return
-        if math.isfinite(gradient.sum().tolist()) or not bool(gradient.isfinite().logical_not().any()):
+        if self._is_told or not isinstance(event, Update) or not event.is_bad or event.is_scaled_step:
             return
         self._is_told = True
         if event.is_deep:  # those who look at this step in depth tell it
@@ -160,10 +147,3 @@ def _named(owner: str, state: LoopState) -> Iterator[tuple[str, nn.Parameter]]:
         for parameter in group["params"]:
             if (name := state.name_of.get(id(parameter))) is not None:
                 yield name, parameter
-
-
-def sample_of(optimizer: Any) -> nn.Parameter | None:
-    """The smallest of an optimizer's first parameters: a bad gradient on its way back comes to those last."""
-    first = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad][:_FIRST]
-    small = [p for p in first if p.numel() <= _SMALL]
-    return min(small, key=lambda p: p.numel(), default=None)
