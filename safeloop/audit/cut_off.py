@@ -9,8 +9,9 @@ from numbers import Number
 import torch
 from torch import Tensor
 
+from safeloop.autograd.lineage import Mark
 from safeloop.autograd.opnames import COMPARISONS, ESCAPES
-from safeloop.autograd.tape import Mark, Tape
+from safeloop.autograd.tape import Tape
 from safeloop.checks.check import Check
 from safeloop.checks.graph.derivatives import TensorWithoutGraph
 from safeloop.checks.source import at, frames, user_frame

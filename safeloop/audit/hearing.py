@@ -10,8 +10,9 @@ from torch.amp import grad_scaler
 from torch.nn.utils import clip_grad
 
 from safeloop.audit.journal import Journal, is_zero
+from safeloop.autograd.lineage import Mark
 from safeloop.autograd.survey import Survey, leaves_below, survey
-from safeloop.autograd.tape import Call, Listener, Mark
+from safeloop.autograd.tape import Call, Listener
 from safeloop.checks.events import Backward, Clip, Held, Stranger
 
 _CLIPS = {"_clip_grads_with_norm_": "max_norm", "clip_grad_value_": "clip_value"}

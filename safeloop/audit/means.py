@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.lineage import Mark
+from safeloop.autograd.tape import Call
 
 _NAMES = {
     "cross_entropy": ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),

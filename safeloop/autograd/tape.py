@@ -9,8 +9,7 @@ Cost: about 10 us for each call; it is on for the steps that are looked at in de
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,34 +18,12 @@ import torch
 from torch import Tensor, nn, overrides
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
-from safeloop.autograd.opnames import ASKS, ESCAPES, SHAPES_ONLY, cut_reason, name_of, writes_to
-from safeloop.autograd.sites import Site, site_of, sites_above, user_frame
+from safeloop.autograd.lineage import Lineage, tensors_of
+from safeloop.autograd.opnames import ASKS, SHAPES_ONLY, name_of, writes_to
+from safeloop.autograd.sites import Site, site_of, user_frame
 from safeloop.autograd.writes import WriteLog
 from safeloop.faults import FaultError
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Something that happened to a value, and that follows it through everything computed from it."""
-
-    kind: str
-    """`cut`: a gradient path ended here; other kinds are those of checks"""
-    name: str
-    """the function that was called"""
-    reason: str
-    site: Site | None
-    module: str
-    """the innermost module that was running; empty for none"""
-    live: int
-    """parameters that the value had a path to, as bits"""
-    node: int | None = None
-    """the sequence number of the node that had made the value; None for a leaf"""
-    is_difference: bool = False
-    """whether the value was the result of a subtraction, as in a straight-through estimator"""
-    callers: tuple[Site, ...] = ()
-    """the user's lines that had called this one, where grad mode was off: one of them may have switched it"""
 
 
 @dataclass(slots=True)
@@ -82,27 +59,7 @@ Listener = Callable[[Call], None]
 Witness = Callable[[Any, Call], None]
 
 
-@dataclass(slots=True)
-class _State:
-    live: int = 0
-    marks: int = 0
-    maker: str = ""
-    """the function that made it"""
-    site: Site | None = None
-    """the user's line that made it; of scalars only"""
-    keeper: Any = None
-
-
-@dataclass(slots=True)
-class Origin:
-    """Where a node of the graph was made."""
-
-    name: str
-    site: Site | None
-    module: str
-
-
-class Tape(TorchFunctionMode):
+class Tape(Lineage, TorchFunctionMode):
     """Records what torch functions are called with and what follows from what.
 
     Args:
@@ -111,7 +68,8 @@ class Tape(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, listeners: Mapping[str, Sequence[Listener]] | None = None) -> None:
-        super().__init__()
+        Lineage.__init__(self, model)
+        TorchFunctionMode.__init__(self)
         self.writes = WriteLog()
         """what wrote into which memory"""
         self.broken: list[Exception] = []
@@ -120,40 +78,16 @@ class Tape(TorchFunctionMode):
         """whether calls pass unheard"""
         self.witness: Witness | None = None
         """who is shown every function and its call, whose `frame` is not looked up"""
-        self.marks: list[Mark] = []
-        self.origins: dict[int, Origin] = {}
-        """sequence number of a node -> the call that made it"""
         self.functions: dict[type, tuple[Any, ...]] = {}
         """classes of `torch.autograd.Function` -> the arguments of their first call, until somebody takes them"""
-        self.used = 0
-        """the parameters that some call has used, as bits"""
-        self._first_uses: list[tuple[int, Site]] = []
-        self.first_node = 0
-        """every node that is younger than this was made while the tape was on"""
         self._listeners = dict(listeners or {})
-        self._states: dict[int, _State] = {}
-        self._modules: list[nn.Module] = []
         self._hooks: list[Any] = []
-        self._model = model
-        self.names: tuple[str, ...] = ()
-        """the parameters that require grad: bit i stands for names[i]"""
-        self._bits: dict[int, int] = {}
-        self._paths: dict[int, str] = {}
 
     def begin(self) -> None:
         """Forget what was recorded, and take stock of the model."""
-        self.marks.clear()
-        self.origins.clear()
+        super().begin()
         self.functions.clear()
-        self._states.clear()
         self.writes.clear()
-        self.used = 0
-        self._first_uses.clear()
-        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        self.names = tuple(name for name, _ in named)
-        self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
-        self._paths = {id(module): name or "(root)" for name, module in self._model.named_modules()}
-        self.first_node = next_node()
 
     def __enter__(self) -> Tape:
         self._hooks = [
@@ -169,26 +103,8 @@ class Tape(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._modules.clear()
+        self._running.clear()
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-
-    @property
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the model."""
-        return self._model.parameters()
-
-    @property
-    def module(self) -> str:
-        """The path of the innermost module that is running; empty for none."""
-        if not self._modules:
-            return ""
-        running = self._modules[-1]
-        return self._paths.get(id(running), type(running).__name__)
-
-    @property
-    def running(self) -> nn.Module | None:
-        """The innermost module that is running."""
-        return self._modules[-1] if self._modules else None
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -198,7 +114,7 @@ class Tape(TorchFunctionMode):
         name = name_of(func)
         if self.is_deaf or name in ASKS:
             return func(*args, **kwargs)
-        tensors = list(_tensors((args, kwargs) if kwargs else args, 3))
+        tensors = list(tensors_of((args, kwargs) if kwargs else args, 3))
         listeners = self._listeners.get(name, ())
         if name == "backward":
             self._tell(listeners, Call(self, name, args, kwargs, None, user_frame(2), tensors))
@@ -234,116 +150,6 @@ class Tape(TorchFunctionMode):
             for tensor in tensors:
                 self.writes.note(tensor, "step", site)
 
-    def live(self, tensor: Tensor) -> int:
-        """The parameters that a tensor has a gradient path to, as bits."""
-        bit = self._bits.get(id(tensor))
-        return bit if bit is not None else self._state(tensor).live
-
-    def marks_of(self, tensor: Tensor) -> Iterator[Mark]:
-        """The marks that a tensor's value has met, first ones first."""
-        bits = self._state(tensor).marks
-        while bits:
-            lowest = bits & -bits
-            yield self.marks[lowest.bit_length() - 1]
-            bits ^= lowest
-
-    def maker(self, tensor: Tensor) -> str:
-        """The name of the function that made a tensor; empty where it was made before."""
-        return self._state(tensor).maker
-
-    def site_of(self, tensor: Tensor) -> Site | None:
-        """The user's line that made a scalar; None where it is not known."""
-        return self._state(tensor).site
-
-    def origin_of(self, number: int) -> Origin | None:
-        """The call that made a node of this number, also one inside of a call of several nodes, such as an LSTM.
-
-        The nodes of a call come before the one of its result, which is the one that is noted.
-        """
-        if number < self.first_node:
-            return None
-        return self.origins.get(min((n for n in self.origins if n >= number), default=-1))
-
-    def first_use_of(self, bit: int) -> Site | None:
-        """The user's line that used a parameter first."""
-        return next((site for bits, site in self._first_uses if bits & bit), None)
-
-    def names_of(self, bits: int) -> list[str]:
-        """The parameters that bits stand for."""
-        return [name for i, name in enumerate(self.names) if bits >> i & 1]
-
-    def mark(self, tensor: Tensor, mark: Mark) -> None:
-        """Put a mark on a tensor's value."""
-        self._known(tensor).marks |= 1 << len(self.marks)
-        self.marks.append(mark)
-
-    def _follow(self, name: str, tensors: Sequence[Tensor], out: Any) -> FrameType | None:
-        """What the result is made of; the frame where it had to be looked up."""
-        live, marks, used = self._gathered(tensors)
-        frame = None
-        if fresh := used & ~self.used:
-            self.used |= fresh
-            if (frame := user_frame(3)) is not None:
-                self._first_uses.append((fresh, site_of(frame)))
-        results = list(_tensors(out, 2))
-        if name in ("__setitem__", "copy_") and tensors:
-            results = [tensors[0]]
-        for result in results:
-            node = _node_of(result)
-            is_scalar = not result.dim()
-            if node is None and not live and not marks and not is_scalar:
-                continue
-            if frame is None:
-                frame = user_frame(3)
-            if node is not None:
-                self._note(node, name, frame)
-            if id(result) in self._bits:
-                continue
-            state = self._known(result)
-            is_cut = bool(live) and not result.requires_grad
-            state.marks |= marks | (self._cut(name, tensors, result, live, frame) if is_cut else 0)
-            state.live = 0 if is_cut else state.live | live
-            state.maker = name
-            if is_scalar and frame is not None:
-                state.site = site_of(frame)
-        if live and not results and name in ESCAPES:
-            self._cut(name, tensors, out, live, user_frame(3))
-        return frame
-
-    def _gathered(self, tensors: Sequence[Tensor]) -> tuple[int, int, int]:
-        """The parameters that these tensors have a path to, the marks that they have met, the parameters among them."""
-        live = marks = used = 0
-        for tensor in tensors:
-            bit = self._bits.get(id(tensor))
-            if bit is not None:
-                live |= bit if tensor.requires_grad else 0
-                used |= bit
-                continue
-            state = self._states.get(id(tensor))
-            if state is not None and state.keeper() is tensor:
-                live |= state.live
-                marks |= state.marks
-        return live, marks, used
-
-    def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
-        source = next((t for t in tensors if self.live(t)), None)
-        made_by = None if source is None else _node_of(source)
-        node = None if made_by is None else made_by._sequence_nr()
-        made = "" if source is None else self._state(source).maker
-        site = None if frame is None else site_of(frame)
-        reason = cut_reason(name, result)
-        if not torch.is_grad_enabled() and _in_checkpoint():
-            reason = "a re-entrant checkpoint none of whose inputs requires grad"
-        is_difference = made in ("sub", "rsub", "__rsub__", "subtract", "__sub__")
-        callers = () if frame is None or torch.is_grad_enabled() else tuple(sites_above(frame))
-        self.marks.append(Mark("cut", name, reason, site, self.module, live, node, is_difference, callers))
-        return 1 << (len(self.marks) - 1)
-
-    def _note(self, node: Any, name: str, frame: FrameType | None) -> None:
-        number = node._sequence_nr()
-        if number not in self.origins:
-            self.origins[number] = Origin(name, None if frame is None else site_of(frame), self.module)
-
     def _note_function(self, caller: FrameType) -> None:
         """Keep the arguments of a `torch.autograd.Function` of the user's, whose forward runs with grad mode off."""
         above: FrameType | None = caller
@@ -354,16 +160,6 @@ class Tape(TorchFunctionMode):
                 if isinstance(kind, type) and kind not in self.functions:
                     self.functions[kind] = tuple(above.f_locals.get("args", ()))
                 return
-
-    def _state(self, tensor: Tensor) -> _State:
-        state = self._states.get(id(tensor))
-        return state if state is not None and state.keeper() is tensor else _NOTHING
-
-    def _known(self, tensor: Tensor) -> _State:
-        state = self._states.get(id(tensor))
-        if state is None or state.keeper() is not tensor:
-            state = self._states[id(tensor)] = _State(keeper=weakref.ref(tensor))
-        return state
 
     def _tell(self, listeners: Sequence[Listener], call: Call) -> None:
         call.grad_mode = torch.is_grad_enabled()
@@ -386,20 +182,11 @@ class Tape(TorchFunctionMode):
             except Exception as error:
                 self.broken.append(error)
 
-    def _entered(self, module: nn.Module, args: Any) -> None:
-        self._modules.append(module)
 
-    def _left(self, module: nn.Module, args: Any, result: Any) -> None:
-        if self._modules:
-            self._modules.pop()
-
-
-_NOTHING = _State()
 _OF_GRADIENTS = frozenset((".grad", ".grad=", "requires_grad_", "retain_grad"))
 """Calls with a parameter that do not use its value, such as those of `zero_grad`."""
 _DEEP = 6
 """Frames above a call in which the forward of a custom function is looked for: wrappers of torch's, helpers."""
-_CHECKPOINT = CheckpointFunction.forward.__code__
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
@@ -410,44 +197,6 @@ def _calling(frame: FrameType) -> FrameType | None:
     return frame
 
 
-def _in_checkpoint() -> bool:
-    """Whether the forward of a re-entrant checkpoint is running."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _node_of(tensor: Tensor) -> Any:
-    """The node that made a tensor; None also for a view that torch bars: made under no_grad, its base written to."""
-    try:
-        return tensor.grad_fn
-    except RuntimeError:
-        return None
-
-
 def unheard() -> Any:
     """A context in which no tape hears what is called: for the audit's own looks at tensors."""
     return torch._C.DisableTorchFunction()
-
-
-def next_node() -> int:
-    """The sequence number that the next node of this thread gets."""
-    with torch.enable_grad():
-        probe = torch.zeros((), requires_grad=True).view(())
-    assert probe.grad_fn is not None
-    return int(probe.grad_fn._sequence_nr()) + 1
-
-
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
-    """The tensors in arguments or results, `depth` levels of containers deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, depth - 1)

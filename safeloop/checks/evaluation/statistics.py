@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import swa_utils
 
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.lineage import Mark
+from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Event, Iteration, LoopState
 from safeloop.checks.graph.recomputed import updates_statistics

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, distributions
 
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.lineage import Mark
+from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.gradients.history import SAMPLED, SCORED, History
 from safeloop.checks.source import at

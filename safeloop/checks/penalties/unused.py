@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from safeloop.autograd.lineage import Mark
 from safeloop.autograd.sites import Site
 from safeloop.autograd.survey import survey
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
 from safeloop.faults import Fault

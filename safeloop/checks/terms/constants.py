@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.lineage import Mark
+from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
 from safeloop.checks.wording import listed

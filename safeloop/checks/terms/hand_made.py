@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from safeloop.autograd.lineage import Mark
 from safeloop.autograd.sites import Site
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.graph.recomputed import updates_statistics
 from safeloop.checks.source import at

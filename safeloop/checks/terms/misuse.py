@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from safeloop.autograd.lineage import Mark
 from safeloop.autograd.sites import Site
-from safeloop.autograd.tape import Call, Mark
+from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
 from safeloop.faults import Fault

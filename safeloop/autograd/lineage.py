@@ -1,0 +1,284 @@
+"""What each tensor's value descends from: the parameters that reach it, and the marks that it has met on the way."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from safeloop.autograd.opnames import ESCAPES, cut_reason
+from safeloop.autograd.sites import Site, site_of, sites_above, user_frame
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened to a value, and that follows it through everything computed from it."""
+
+    kind: str
+    """`cut`: a gradient path ended here; other kinds are those of checks"""
+    name: str
+    """the function that was called"""
+    reason: str
+    site: Site | None
+    module: str
+    """the innermost module that was running; empty for none"""
+    live: int
+    """parameters that the value had a path to, as bits"""
+    node: int | None = None
+    """the sequence number of the node that had made the value; None for a leaf"""
+    is_difference: bool = False
+    """whether the value was the result of a subtraction, as in a straight-through estimator"""
+    callers: tuple[Site, ...] = ()
+    """the user's lines that had called this one, where grad mode was off: one of them may have switched it"""
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where a node of the graph was made."""
+
+    name: str
+    site: Site | None
+    module: str
+
+
+@dataclass(slots=True)
+class _State:
+    live: int = 0
+    marks: int = 0
+    maker: str = ""
+    """the function that made it"""
+    site: Site | None = None
+    """the user's line that made it; of scalars only"""
+    keeper: Any = None
+
+
+class Lineage:
+    """Follows values from call to call. Tensors are known by weak references, so that none lives longer.
+
+    Args:
+        model: its parameters are followed by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.marks: list[Mark] = []
+        self.origins: dict[int, Origin] = {}
+        """sequence number of a node -> the call that made it"""
+        self.used = 0
+        """the parameters that some call has used, as bits"""
+        self.names: tuple[str, ...] = ()
+        """the parameters that require grad: bit i stands for names[i]"""
+        self.first_node = 0
+        """every node that is younger than this was made since `begin`"""
+        self._model = model
+        self._bits: dict[int, int] = {}
+        self._paths: dict[int, str] = {}
+        self._states: dict[int, _State] = {}
+        self._first_uses: list[tuple[int, Site]] = []
+        self._running: list[nn.Module] = []
+
+    def begin(self) -> None:
+        """Forget what was followed, and take stock of the model."""
+        self.marks.clear()
+        self.origins.clear()
+        self._states.clear()
+        self.used = 0
+        self._first_uses.clear()
+        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        self.names = tuple(name for name, _ in named)
+        self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
+        self._paths = {id(module): name or "(root)" for name, module in self._model.named_modules()}
+        self.first_node = next_node()
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model."""
+        return self._model.parameters()
+
+    @property
+    def module(self) -> str:
+        """The path of the innermost module that is running; empty for none."""
+        if not self._running:
+            return ""
+        running = self._running[-1]
+        return self._paths.get(id(running), type(running).__name__)
+
+    @property
+    def running(self) -> nn.Module | None:
+        """The innermost module that is running."""
+        return self._running[-1] if self._running else None
+
+    def live(self, tensor: Tensor) -> int:
+        """The parameters that a tensor has a gradient path to, as bits."""
+        bit = self._bits.get(id(tensor))
+        return bit if bit is not None else self._state(tensor).live
+
+    def marks_of(self, tensor: Tensor) -> Iterator[Mark]:
+        """The marks that a tensor's value has met, first ones first."""
+        bits = self._state(tensor).marks
+        while bits:
+            lowest = bits & -bits
+            yield self.marks[lowest.bit_length() - 1]
+            bits ^= lowest
+
+    def maker(self, tensor: Tensor) -> str:
+        """The name of the function that made a tensor; empty where it was made before."""
+        return self._state(tensor).maker
+
+    def site_of(self, tensor: Tensor) -> Site | None:
+        """The user's line that made a scalar; None where it is not known."""
+        return self._state(tensor).site
+
+    def origin_of(self, number: int) -> Origin | None:
+        """The call that made a node of this number, also one inside of a call of several nodes, such as an LSTM.
+
+        The nodes of a call come before the one of its result, which is the one that is noted.
+        """
+        if number < self.first_node:
+            return None
+        return self.origins.get(min((n for n in self.origins if n >= number), default=-1))
+
+    def first_use_of(self, bit: int) -> Site | None:
+        """The user's line that used a parameter first."""
+        return next((site for bits, site in self._first_uses if bits & bit), None)
+
+    def names_of(self, bits: int) -> list[str]:
+        """The parameters that bits stand for."""
+        return [name for i, name in enumerate(self.names) if bits >> i & 1]
+
+    def mark(self, tensor: Tensor, mark: Mark) -> None:
+        """Put a mark on a tensor's value."""
+        self._known(tensor).marks |= 1 << len(self.marks)
+        self.marks.append(mark)
+
+    def _follow(self, name: str, tensors: Sequence[Tensor], out: Any) -> FrameType | None:
+        """What the result is made of; the frame where it had to be looked up."""
+        live, marks, used = self._gathered(tensors)
+        frame = None
+        if fresh := used & ~self.used:
+            self.used |= fresh
+            if (frame := user_frame(3)) is not None:
+                self._first_uses.append((fresh, site_of(frame)))
+        results = list(tensors_of(out, 2))
+        if name in ("__setitem__", "copy_") and tensors:
+            results = [tensors[0]]
+        for result in results:
+            node = _node_of(result)
+            is_scalar = not result.dim()
+            if node is None and not live and not marks and not is_scalar:
+                continue
+            if frame is None:
+                frame = user_frame(3)
+            if node is not None:
+                self._note(node, name, frame)
+            if id(result) in self._bits:
+                continue
+            state = self._known(result)
+            is_cut = bool(live) and not result.requires_grad
+            state.marks |= marks | (self._cut(name, tensors, result, live, frame) if is_cut else 0)
+            state.live = 0 if is_cut else state.live | live
+            state.maker = name
+            if is_scalar and frame is not None:
+                state.site = site_of(frame)
+        if live and not results and name in ESCAPES:
+            self._cut(name, tensors, out, live, user_frame(3))
+        return frame
+
+    def _gathered(self, tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+        """The parameters that these tensors have a path to, the marks that they have met, the parameters among them."""
+        live = marks = used = 0
+        for tensor in tensors:
+            bit = self._bits.get(id(tensor))
+            if bit is not None:
+                live |= bit if tensor.requires_grad else 0
+                used |= bit
+                continue
+            state = self._states.get(id(tensor))
+            if state is not None and state.keeper() is tensor:
+                live |= state.live
+                marks |= state.marks
+        return live, marks, used
+
+    def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
+        source = next((t for t in tensors if self.live(t)), None)
+        made_by = None if source is None else _node_of(source)
+        node = None if made_by is None else made_by._sequence_nr()
+        made = "" if source is None else self._state(source).maker
+        site = None if frame is None else site_of(frame)
+        reason = cut_reason(name, result)
+        if not torch.is_grad_enabled() and _in_checkpoint():
+            reason = "a re-entrant checkpoint none of whose inputs requires grad"
+        is_difference = made in ("sub", "rsub", "__rsub__", "subtract", "__sub__")
+        callers = () if frame is None or torch.is_grad_enabled() else tuple(sites_above(frame))
+        self.marks.append(Mark("cut", name, reason, site, self.module, live, node, is_difference, callers))
+        return 1 << (len(self.marks) - 1)
+
+    def _note(self, node: Any, name: str, frame: FrameType | None) -> None:
+        number = node._sequence_nr()
+        if number not in self.origins:
+            self.origins[number] = Origin(name, None if frame is None else site_of(frame), self.module)
+
+    def _state(self, tensor: Tensor) -> _State:
+        state = self._states.get(id(tensor))
+        return state if state is not None and state.keeper() is tensor else _NOTHING
+
+    def _known(self, tensor: Tensor) -> _State:
+        state = self._states.get(id(tensor))
+        if state is None or state.keeper() is not tensor:
+            state = self._states[id(tensor)] = _State(keeper=weakref.ref(tensor))
+        return state
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
+
+    def _left(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self._running:
+            self._running.pop()
+
+
+_NOTHING = _State()
+_CHECKPOINT = CheckpointFunction.forward.__code__
+
+
+def _in_checkpoint() -> bool:
+    """Whether the forward of a re-entrant checkpoint is running."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _node_of(tensor: Tensor) -> Any:
+    """The node that made a tensor; None also for a view that torch bars: made under no_grad, its base written to."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
+def next_node() -> int:
+    """The sequence number that the next node of this thread gets."""
+    with torch.enable_grad():
+        probe = torch.zeros((), requires_grad=True).view(())
+    assert probe.grad_fn is not None
+    return int(probe.grad_fn._sequence_nr()) + 1
+
+
+def tensors_of(value: Any, depth: int) -> Iterator[Tensor]:
+    """The tensors in arguments or results, `depth` levels of containers deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item, depth - 1)
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item, depth - 1)
