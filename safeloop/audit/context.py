@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -141,7 +142,7 @@ class Audit:
         watch = self._watch
         if watch is None:
             return
-        if self._quiet:
+        if self._quiet and torch.is_grad_enabled():
             self._quiet -= 1
             self._step += 1
             watch.journal.iteration += 1

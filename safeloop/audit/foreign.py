@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -151,7 +152,8 @@ class LoopWatch:
         if not self.journal.iteration:
             self._schedules.find()
         self._schedules.poll(is_deep=self.is_deep)
-        if self.is_deep or self.journal.iteration - self._told_at >= EVERY:
+        is_due = self.journal.iteration - self._told_at >= EVERY or not torch.is_grad_enabled()
+        if self.is_deep or is_due:
             self._told_at = self.journal.iteration
             self.journal.record(Iteration(None, self.journal.iteration))
         if self.is_deep and self.journal.iteration in _SCANS:

@@ -24,7 +24,8 @@ GLANCE = 16
 EVERY = 128
 """Of further ones, one in so many is told, for what no signature shows."""
 MOST = 100
-"""Structures that are remembered; a loop with more of them changes by design, as one that drops layers at random"""
+"""Structures that are remembered, and changes from one to another that are told; a loop with more of them changes by
+design, as one that drops layers at random"""
 
 _SMALL = 4096
 _FIRST = 8
@@ -59,6 +60,8 @@ class Updates:
         self._ask = ask
         self._times: Counter[int] = Counter()
         """hash of a structure, which is as long as the list of parameters -> how often it was looked at"""
+        self._last: dict[str, int] = {}
+        self._changes: Counter[str] = Counter()
         self._usual: dict[str, _Usual] = {}
         self._was_skipped: set[str] = set()
         self._samples: dict[str, nn.Parameter | None] = {}
@@ -82,10 +85,18 @@ class Updates:
         self._times[structure] += 1
         times = self._times[structure] - REPEATS
         self._usual[owner] = _Usual(absent, GLANCE - 1 if times > 0 else 0)
-        if owner in self._was_skipped:
+        if owner in self._was_skipped or self._is_change(owner, structure):
             self._was_skipped.discard(owner)
             return True
         return times <= 0 or not times % (EVERY // GLANCE) or self._is_bad(owner, optimizer)
+
+    def _is_change(self, owner: str, structure: int) -> bool:
+        """Whether it is another structure than the last one; where it changes all the time, the first times."""
+        if structure == self._last.get(owner):
+            return False
+        self._last[owner] = structure
+        self._changes[owner] += 1
+        return self._changes[owner] <= MOST
 
     def _is_bad(self, owner: str, optimizer: Optimizer, *, may_wait: bool = False) -> bool:
         """Whether one small gradient holds NaN or infinity; on plain iterations only on the CPU, where nobody waits."""

@@ -25,6 +25,8 @@ Kind = Literal["zero", "empty", "dropped", "hooked", "cancelled", "attention"]
 
 _ONE_BY_ONE = ("Softmax", "Mul", "Div", "MaskedFill", "View", "UnsafeView", "ToCopy", "Tanh")
 """Nodes after which the last dimension of a linear layer's output is still the last one, as a rule."""
+_PICKS = ("Topk", "Max", "Sort", "Kthvalue")
+"""Nodes that pick some of many, as a router does: the softmax of a single one is always 1"""
 
 
 class Stop(NamedTuple):
@@ -176,8 +178,8 @@ def _is_parameter(node: Any) -> bool:
 
 
 def _attends_to_one(node: Any, shape: torch.Size) -> bool:
-    """Whether a softmax runs over the one item of a sequence, not over the one output of a linear layer."""
-    kind = node.name().partition("Backward")[0]
+    """Whether a softmax runs over the one item of a sequence: not the one output of a layer, or the best of many."""
+    kind = _kind(node)
     if kind.startswith("ScaledDotProduct"):
         return True
     if kind not in ("Softmax", "SafeSoftmax"):
@@ -185,17 +187,25 @@ def _attends_to_one(node: Any, shape: torch.Size) -> bool:
     last, dim = len(shape) - 1, int(node._saved_dim)
     if shape[dim if dim <= last else dim - 2**64] != 1:
         return False
-    return dim not in (last, 2**64 - 1) or not _is_linear_output(node)
+    source = _source(node)
+    if source is None or dim not in (last, 2**64 - 1):
+        return True
+    is_layer = _kind(source) in ("Addmm", "Mm") and any(_is_parameter(n) for n, _ in source.next_functions if n)
+    return not is_layer and _kind(source) not in _PICKS
 
 
-def _is_linear_output(node: Any) -> bool:
-    """Whether the last dimension of what goes into a node is, by all signs, that of a linear layer's outputs."""
-    while (kind := node.name().partition("Backward")[0]) in _ONE_BY_ONE:
+def _source(node: Any) -> Any:
+    """What made the last dimension of that which goes into a node, by all signs; None where paths meet."""
+    while _kind(node) in _ONE_BY_ONE:
         ways = [following for following, _ in node.next_functions if following is not None]
         if len(ways) != 1:
-            return False
+            return None
         node = ways[0]
-    return kind in ("Addmm", "Mm") and any(_is_parameter(way) for way, _ in node.next_functions if way is not None)
+    return node
+
+
+def _kind(node: Any) -> str:
+    return str(node.name()).partition("Backward")[0]
 
 
 def _any(gradient: Tensor) -> bool:

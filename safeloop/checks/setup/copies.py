@@ -43,7 +43,7 @@ class TiedByCopy(Check):
     copied into the output layer, a decoder initialised with the encoder's transposed weights. Copies of a module
     (layers of an `nn.TransformerEncoder`, twin networks, a target network) hold the same weight under the same name in
     the same class and are left alone, and so are weights whose values follow a pattern (constants, identities,
-    sinusoids), which any two modules may start from.
+    sinusoids), which any two modules may start from; and a bare matrix beside the transposed one of the same module.
 
     ## Why it is bad
     `nn.Parameter(emb.weight.clone())` and `out.weight.data.copy_(emb.weight)` tie nothing: the two weights part at the
@@ -197,5 +197,7 @@ def _likeness(first: _Weight, second: _Weight) -> str:
         if a.shape == b.shape and torch.equal(a, b):
             kind = "" if _are_copies(first, second) else "equal"
         elif a.dim() == 2 and a.shape == b.shape[::-1] and torch.equal(a, b.t()):
-            kind = "transposed"
+            # two bare matrices of one module, as in a sparse autoencoder, are started alike on purpose
+            is_start = first.module is second.module and a.data_ptr() != b.data_ptr()
+            kind = "" if is_start else "transposed"
     return kind if kind and not is_patterned(a) else ""

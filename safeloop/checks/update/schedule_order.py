@@ -182,13 +182,17 @@ class ScheduleOfAnotherOptimizer(EventCheck):
         )
 
 
+_CYCLES = ("CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR")
+"""Schedules that pass through their lowest rate and rise again"""
+
+
 class LearningRateZero(EventCheck):
     """The learning rate of an optimizer has become exactly zero.
 
     ## What it does
     Looks at the learning rates of each optimizer at each step. Speaks where all of them are exactly 0 for 5 steps in a
-    row after a positive one, or for the first 10 steps. Where another optimizer goes on training, it waits for the end
-    of the watch: a part may rest for a phase.
+    row after a positive one, or for the first 10 steps. Where another optimizer goes on training, or a cosine or a
+    cycle will bring the rate back, it waits for the end of the watch: a part may rest for a phase.
 
     ## Why it is bad
     Nothing trains any more, at full cost. A schedule has taken the rate to zero: a gamma of 0, a decay that is over, a
@@ -235,9 +239,12 @@ class LearningRateZero(EventCheck):
         self._since: dict[str, Update] = {}
         self._was_positive: set[str] = set()
         self._told: set[str] = set()
+        self._comes_back: set[str] = set()
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the fifth step in a row after the rate has fallen to zero, or the tenth from the start."""
+        if isinstance(event, Schedule) and type(event.scheduler).__name__ in _CYCLES:
+            self._comes_back.add(event.owner)
         if not isinstance(event, Update) or not event.rates:
             return
         owner = event.owner
@@ -249,7 +256,7 @@ class LearningRateZero(EventCheck):
         if self._row[owner] == 1:
             self._since[owner] = event
         others = state.updates.keys() - {owner}
-        if all(self._row[other] for other in others):
+        if all(self._row[other] for other in others) and owner not in self._comes_back:
             yield from self._zero(owner)
 
     def close(self, state: LoopState) -> Iterator[Fault]:

@@ -77,14 +77,20 @@ def test_a_convolution_and_its_transpose_are_compared():
 
 
 class ByHand(nn.Module):
-    def __init__(self):
+    def __init__(self, start):
         super().__init__()
         self.table = nn.Parameter(torch.randn(9, 5))
-        self.back = nn.Parameter(self.table.detach().t().clone())
+        self.back = nn.Parameter(start(self.table.detach()))
 
 
 def test_bare_parameters_are_compared():
-    assert [fault.names for fault in found_in(ByHand())] == [("table", "back")]
+    assert [fault.names for fault in found_in(ByHand(lambda table: table.clone()))] == [("table", "back")]
+
+
+def test_a_bare_matrix_may_start_as_the_transposed_one_beside_it_but_not_in_its_memory():
+    assert found_in(ByHand(lambda table: table.t().clone())) == []
+    (fault,) = found_in(ByHand(lambda table: table.t()))
+    assert "over the same memory" in fault.what
 
 
 def test_two_heads_with_the_copied_embedding_are_both_named():
