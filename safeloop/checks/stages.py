@@ -173,6 +173,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         HalfWithoutScaler(),
         StepChangesNothing(),
         CopyOfItself(model),
+        NonFiniteGradient(),
     ]
 
 
@@ -209,7 +210,6 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ScheduledTwice(),
         ScheduleRunsOver(),
         TrainedInEvaluation(model),
-        NonFiniteGradient(),
     ]
 
 

@@ -140,6 +140,55 @@ def test_on_a_late_step_the_parameters_are_told_before_it(watched: Any, poison: 
     assert 'level="full"' in fault.fix
 
 
+def root(model: nn.Module, x: Tensor, step: int) -> Tensor:
+    return (model(x) * float(step != 4)).square().sum(-1).sqrt().mean()
+
+
+def empty_bag(model: nn.Module, x: Tensor, step: int) -> Tensor:
+    seen = torch.arange(3)[None] < torch.tensor([3, 2, 1, 1, 0 if step == 4 else 1])[:, None]
+    weights = (model(x) + torch.zeros(5, 3).masked_fill(~seen, -torch.inf)).softmax(-1)
+    return torch.where(seen.any(-1, keepdim=True), weights, 0.0).square().mean()
+
+
+def no_token(model: nn.Module, x: Tensor, step: int) -> Tensor:
+    kept = torch.ones(5) if step != 4 else torch.zeros(5)
+    return (model(x).square().sum(-1) * kept).sum() / kept.sum()
+
+
+def angle(model: nn.Module, x: Tensor, step: int) -> Tensor:
+    cosine = F.cosine_similarity(model(x), torch.ones(5, 3), dim=-1)
+    return torch.acos(cosine if step != 4 else cosine / cosine.detach()).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "line"),
+    [
+        (root, ".sqrt().mean()"),
+        (empty_bag, ".softmax(-1)"),
+        (no_token, "/ kept.sum()"),
+        (angle, "torch.acos("),
+        (log_of_zero, "torch.log(p)"),
+    ],
+)
+def test_on_a_late_step_the_operations_that_were_near_their_edge_are_told(
+    watched: Any, loss_of: Any, line: str
+) -> None:
+    (fault,) = run(watched, lambda model, x, step: loss_of(model, x, step - 22), steps=50)
+    assert fault.code == "SL501"
+    told = fault.where.partition("nearest to the edge of its domain earlier:")[2]
+    assert line in told
+
+
+def test_what_has_no_edge_is_no_suspect(watched: Any) -> None:
+    def overflow(model: nn.Module, x: Tensor, step: int) -> Tensor:
+        whole = (model(x) ** 2 / 4).mean()
+        return whole * (torch.inf if step == 26 else 1.0)
+
+    (fault,) = run(watched, overflow, steps=50)
+    assert fault.code == "SL501"
+    assert "nearest" not in fault.where
+
+
 def test_every_step_is_looked_at_where_that_is_wanted(watched: Any) -> None:
     faults = run(watched, lambda model, x, step: log_of_zero(model, x, step - 22), steps=30, level="full")
     assert "torch.log(p)" in next(fault.where for fault in faults if fault.code == "SL405")

@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from safeloop.checks.check import EventCheck
+from safeloop.autograd.tape import Call
+from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Event, LoopState, Update
+from safeloop.checks.gradients.suspects import HEARD, Suspects
 from safeloop.checks.source import at
 from safeloop.checks.views import GradientsView
 from safeloop.checks.wording import counted, listed
@@ -19,14 +21,15 @@ _SHOWN = 4
 _DEEP = 'the operation is named on steps that are looked at in depth: `sl.audit(..., level="full")` looks at all'
 
 
-class NonFiniteGradient(EventCheck):
+class NonFiniteGradient(CallCheck, EventCheck):
     """A gradient holds NaN or infinity.
 
     ## What it does
     Checks the gradients of every update before it, through the gradient norm; only where that is not finite are they
     searched, one by one. Cost on a healthy step: none beyond the norm. In a loop that is not ours, steps that are not
     looked at in depth are sampled: one small gradient of each optimizer, on the CPU alone (5 us); what that misses
-    shows at the end, in the weights.
+    shows at the end, in the weights. The line is not known then: told are the operations that had come nearest to the
+    edge of their domain on the steps that were looked at.
 
     A Trainer then runs the step again, bitwise, and names the loss term, the micro-batch, the operation that gave the
     first NaN or infinity, your line of it and the trap behind it; `safeloop replay` does so from the bundle in the run
@@ -73,8 +76,20 @@ class NonFiniteGradient(EventCheck):
     code = "SL501"
     title = "non-finite gradient"
 
+    hears = HEARD
+
     def __init__(self) -> None:
         self._is_told = False
+        self._suspects = Suspects()
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Remember what may give a NaN later, when nobody looks."""
+        self._suspects.hear(call)
+        return iter(())
+
+    def _where(self, where: str) -> str:
+        suspects = self._suspects.text()
+        return f"{where}; what came nearest to the edge of its domain earlier: {suspects}" if suspects else where
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """Before a step that nobody looks at in depth: whether one small gradient holds NaN or infinity."""
@@ -86,7 +101,7 @@ class NonFiniteGradient(EventCheck):
         parameters = dict(_named(event.owner, state))
         where = f"step {event.iteration}; {at(event.site, f'before step() of `{event.owner}`')}"
         for fault in self.find(GradientsView(parameters, {}, event.iteration, where)):
-            yield replace(fault, fix=f"{fault.fix}; {_DEEP}")
+            yield replace(fault, where=self._where(fault.where), fix=f"{fault.fix}; {_DEEP}")
 
     def close(self, state: LoopState) -> Iterator[Fault]:
         """Weights that hold NaN at the end, where no gradient was seen to."""
@@ -97,7 +112,7 @@ class NonFiniteGradient(EventCheck):
         if bad:
             yield self.fault(
                 f"{len(bad)} of {counted(len(held), 'parameter')} hold NaN at the end of the loop: {listed(bad)}",
-                where="a step that was not looked at in depth",
+                where=self._where("a step that was not looked at in depth"),
                 why="a gradient that was not finite has reached them; no later step can mend that",
                 fix=f"stop before such a step: `if not torch.isfinite(loss): ...`; {_DEEP}",
                 names=bad,
