@@ -49,6 +49,7 @@ from safeloop.checks.update.no_effect import StepChangesNothing
 from safeloop.checks.update.overwritten import TrainedAndOverwritten
 from safeloop.checks.update.rates import RateSetNowhere
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
+from safeloop.checks.update.schedule_first import ScheduleMovedFirst
 from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
 from safeloop.checks.update.schedules import ScheduledTwice, ScheduleRunsOver
 from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
@@ -198,6 +199,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ScaleUpdatedTooEarly(),
         ClipWithoutEffect(),
         ScheduleBeforeStep(),
+        ScheduleMovedFirst(),
         ScheduleOfAnotherOptimizer(),
         LearningRateZero(),
         UnevenMicroBatches(),

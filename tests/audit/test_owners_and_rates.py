@@ -574,3 +574,30 @@ def test_a_multiplier_that_is_clamped_at_zero_is_at_work(is_clamped: bool, expec
                     multiplier.clamp_(min=0)
             audit.step()
     assert [fault.code for fault in audit.faults] == expected
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(
+    ("before", "at_begin", "codes"),
+    [(0, True, ["SL680"]), (0, False, []), (3, False, []), (3, True, [])],
+    ids=["at the begin of an epoch", "at its end", "a resumed run", "resumed, at the begin"],
+)
+def test_a_schedule_that_moves_before_the_first_step(before: int, at_begin: bool, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, total_iters=4)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(before):
+            schedule.step()
+        for _ in range(3):
+            if at_begin:
+                schedule.step()
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+                optimizer.step()
+                audit.step()
+            if not at_begin:
+                schedule.step()
+    assert [fault.code for fault in audit.faults] == codes
