@@ -166,6 +166,7 @@ FILES: dict[str, str] = {
     "SL661": "update/rates.py",  # RateSetNowhere (warning)
     "SL662": "update/overwritten.py",  # TrainedAndOverwritten
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
+    "SL671": "update/thrown_away.py",  # UpdateThrownAway
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation

@@ -55,6 +55,7 @@ from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed
 from safeloop.checks.update.skipped import EveryUpdateSkipped
 from safeloop.checks.update.steps import OptimizerNeverSteps, UpdatedWithoutPart
 from safeloop.checks.update.strangers import LeafOfNobody
+from safeloop.checks.update.thrown_away import UpdateThrownAway
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.update.windows import TailDiscarded, TailWindow, UnevenMicroBatches
 from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed
@@ -173,6 +174,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         HalfWithoutScaler(),
         StepChangesNothing(),
         CopyOfItself(model),
+        UpdateThrownAway(model),
     ]
 
 
