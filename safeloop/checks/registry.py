@@ -167,6 +167,7 @@ FILES: dict[str, str] = {
     "SL662": "update/overwritten.py",  # TrainedAndOverwritten
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     "SL671": "update/thrown_away.py",  # UpdateThrownAway
+    "SL672": "update/closure.py",  # ClosureComputesNothing
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation

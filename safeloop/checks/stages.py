@@ -42,6 +42,7 @@ from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
 from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.closure import ClosureComputesNothing
 from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
 from safeloop.checks.update.half import HalfWithoutScaler, LossNotScaled
@@ -207,6 +208,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         LossNotScaled(),
         GroupRateZero(),
         ClosureDiscardsGradients(),
+        ClosureComputesNothing(),
         RateSetNowhere(),
         ScheduledTwice(),
         ScheduleRunsOver(),
