@@ -48,6 +48,7 @@ FILES: dict[str, str] = {
     "SL214": "update/unowned.py",  # GradientsForNobody
     "SL215": "update/strangers.py",  # LeafOfNobody
     "SL216": "setup/rates.py",  # GroupRateZero (warning)
+    "SL217": "setup/keys.py",  # GroupKeyIgnored (warning)
     # SL3: graph and mutation
     "SL301": "graph/torch_errors.py",  # LeafChangedInPlace
     "SL302": "graph/torch_errors.py",  # GraphUsedTwice

@@ -26,6 +26,7 @@ from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttrib
 from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
+from safeloop.checks.setup.keys import GroupKeyIgnored
 from safeloop.checks.setup.loop_owners import LoopOwners
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParameter
@@ -210,6 +211,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ClosureDiscardsGradients(),
         ClosureComputesNothing(),
         RateSetNowhere(),
+        GroupKeyIgnored(),
         ScheduledTwice(),
         ScheduleRunsOver(),
         TrainedInEvaluation(model),
