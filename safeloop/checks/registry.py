@@ -169,6 +169,7 @@ FILES: dict[str, str] = {
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     "SL671": "update/thrown_away.py",  # UpdateThrownAway
     "SL672": "update/closure.py",  # ClosureComputesNothing
+    "SL673": "update/backwards.py",  # AverageGoesBackwards
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation

@@ -42,6 +42,7 @@ from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, Te
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
 from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
+from safeloop.checks.update.backwards import AverageGoesBackwards
 from safeloop.checks.update.clip_order import ClipWithoutEffect
 from safeloop.checks.update.closure import ClosureComputesNothing
 from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
@@ -177,6 +178,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         StepChangesNothing(),
         CopyOfItself(model),
         UpdateThrownAway(model),
+        AverageGoesBackwards(model),
     ]
 
 
