@@ -27,6 +27,7 @@ from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.audit.updates import EVERY, Updates, are_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.lineage import next_node
+from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, Tape, unheard
 from safeloop.checks.check import CallCheck, EventCheck
@@ -40,6 +41,7 @@ from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.update.moved import MovedWithoutGradient
+from safeloop.checks.update.rounded import UpdatesRoundAway
 from safeloop.checks.views import GradientsView
 from safeloop.faults import Fault
 
@@ -94,6 +96,7 @@ class LoopWatch:
         self._open.tape.witness = self._births.look
         self._guards = Guards(model, self._parameters, self._open.tape.writes)
         self._moved = MovedWithoutGradient()
+        self._rounded = UpdatesRoundAway(self._names)
         self._aliases = KeptStateIsLive(model)
         self._known_functions: set[type] = set()
         self._bad: BadTrace | None = None
@@ -227,6 +230,7 @@ class LoopWatch:
         is_taken = self.is_deep and not has_closure and not event.was_skipped
         if is_taken:
             self._moved.before(owner, optimizer, {name: self._parameters[name] for name in event.absent})
+            self._rounded.before(owner, optimizer)
             self._look(owner, optimizer, event)
         self.journal.record(event)
         self.journal.state.inside = owner
@@ -249,6 +253,7 @@ class LoopWatch:
                 self._open.tape.wrote(owned)
             where = f"step of `{owner}`, iteration {self.journal.iteration}"
             self._handle(list(self._moved.after(owner, optimizer, where)))
+            self._handle(list(self._rounded.after(owner, optimizer, user_site())))
             self._lifetimes.updated(owned, next_node())
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
