@@ -19,6 +19,7 @@ from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
+from safeloop.audit.masks import MaskWatch
 from safeloop.audit.means import count_means
 from safeloop.audit.scaling import ScalerWatch
 from safeloop.audit.schedules import ScheduleWatch
@@ -89,8 +90,7 @@ class LoopWatch:
         self.gradients = GradientWatch(model)
         self._lifetimes = Lifetimes(self._names)
         listeners = Hearing(self.journal, self._surveyed, lambda scaler: self._scalers.found(scaler)).listeners
-        for name in ("cross_entropy", "nll_loss"):
-            listeners.setdefault(name, []).append(count_means)
+        listeners |= {name: [*listeners.get(name, ()), count_means] for name in ("cross_entropy", "nll_loss")}
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
         self._births = ForwardBirths(handle)
         self._open.tape.witness = self._births.look
@@ -104,6 +104,7 @@ class LoopWatch:
         self.is_deep = False
         broken = self._open.tape.broken
         self._scalers = ScalerWatch(self.journal, self._updates, scalers, broken)
+        self._masks = MaskWatch(optimizers, broken)
         self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step, broken)
         self._schedules = ScheduleWatch(self.journal, optimizers, schedulers)
         self._has_updated = True
@@ -177,6 +178,7 @@ class LoopWatch:
             self._bad.finish()
         self._open.off()
         self._guards.stop()
+        self._masks.close()
         self._hooks.remove()
         self._scalers.remove()
 
@@ -209,6 +211,7 @@ class LoopWatch:
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}
             self.gradients.before(roots, call.tape, wanted)
+            self._masks.before(wanted)
             if not self._is_bad_told and not event.is_scaled:
                 self._bad = self._bad or BadTrace(roots)
         if faults:
@@ -252,8 +255,8 @@ class LoopWatch:
                 self._is_hushed = self._open.tape.is_deaf = False
                 self._open.tape.wrote(owned)
             where = f"step of `{owner}`, iteration {self.journal.iteration}"
-            self._handle(list(self._moved.after(owner, optimizer, where)))
-            self._handle(list(self._rounded.after(owner, optimizer, user_site())))
+            rounded = self._rounded.after(owner, optimizer, user_site())
+            self._handle([*self._moved.after(owner, optimizer, where), *rounded])
             self._lifetimes.updated(owned, next_node())
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
@@ -261,6 +264,7 @@ class LoopWatch:
         mine = {name: p for name, p in self._parameters.items() if name in self.journal.state.owners[owner]}
         where = f"step {self.journal.iteration}, before {type(optimizer).__name__}.step() of `{owner}`"
         self.gradients.after(mine, self._open.tape, where)
+        self._handle(self._masks.after(mine, self.journal, where))
         source = None if self._bad is None else self._bad.finish()
         self._bad = None
         if not self._is_bad_told and are_bad(mine.values()):

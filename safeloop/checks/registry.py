@@ -171,6 +171,7 @@ FILES: dict[str, str] = {
     "SL672": "update/closure.py",  # ClosureComputesNothing
     "SL673": "update/backwards.py",  # AverageGoesBackwards
     "SL674": "update/rounded.py",  # UpdatesRoundAway (warning)
+    "SL675": "update/masked.py",  # MaskedButMoving (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric
     "SL702": "evaluation/statistics.py",  # StatisticsFromValidation
