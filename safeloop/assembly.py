@@ -15,6 +15,7 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.audit.replay import TurnReplayer
 from safeloop.checks.config.values import ArgumentsRefused
+from safeloop.checks.setup.keys import GroupKeyIgnored
 from safeloop.checks.setup.rates import GroupRateZero, LearningRatesFarApart
 from safeloop.checks.stages import setup_faults
 from safeloop.checks.update.closure import TokensWithoutCount
@@ -97,7 +98,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
             parameter.requires_grad_(False)
     owners = _owners(given, ownership)
     optimizers = {name: owner.optimizer for name, owner in owners.items()}
-    for check in (LearningRatesFarApart, GroupRateZero):
+    for check in (LearningRatesFarApart, GroupRateZero, GroupKeyIgnored):
         ledger.add(check.find(SetupView(model, ownership, optimizers)))
     ledger.add(untrained(given.phases, list(owners)))
     refuse_epochs(given, owners)
@@ -125,7 +126,7 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
     }
     permitted = [name for name, section in config.losses.items() if section.may_be_constant]
     budget = Budget(config.audit.level, config.audit.budget)
-    observer = StepAudit(budget, ledger, model, ownership, given.holders, permitted)
+    observer = StepAudit(budget, ledger, model, ownership, given.holders, permitted, optimizers)
     losses = {phase.name: phase.losses for phase in given.phases}
     attendance = _attendance(given)
     keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)

@@ -19,7 +19,7 @@ from safeloop.audit.budget import FIRST_STEPS, LATE, Budget, Level
 from safeloop.audit.crash import crash_faults
 from safeloop.audit.foreign import LoopWatch
 from safeloop.audit.ledger import FaultLedger
-from safeloop.audit.shims import hookable
+from safeloop.audit.shims import hookable, is_inner_step
 from safeloop.audit.stray import StrayOptimizers
 from safeloop.audit.stretch import tell_broken
 from safeloop.audit.updates import GLANCE
@@ -97,7 +97,7 @@ class Audit:
         self._watch = LoopWatch(self.model, self.optimizers, self._handle, self._ask, self._scalers, self._schedulers)
         last = next(filter(None, map(hookable, reversed(self.optimizers.values()))), None)
         if last is not None and not self._is_counted:
-            self._tick = last.register_step_post_hook(lambda *_: self._stepped())
+            self._tick = last.register_step_post_hook(lambda optimizer, *_: self._stepped(optimizer))
         known = [found for found in map(hookable, self.optimizers.values()) if found is not None]
         self._stray = StrayOptimizers(self.model, known, self._handle, self._watch.broken)
         self._watch.dive()
@@ -126,8 +126,10 @@ class Audit:
             return []
         return list(NothingToTrain.find(SetupView(self.model, owned_by_identity(self.model, self.optimizers))))
 
-    def _stepped(self) -> None:
+    def _stepped(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped; where nobody tells iterations, the last optimizer's step ends one."""
+        if is_inner_step(optimizer):
+            return
         if self._step:
             self._over()
         else:

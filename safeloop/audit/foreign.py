@@ -20,6 +20,7 @@ from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
+from safeloop.audit.masks import MaskWatch
 from safeloop.audit.means import count_means
 from safeloop.audit.scaling import ScalerWatch
 from safeloop.audit.schedules import ScheduleWatch
@@ -28,6 +29,7 @@ from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.audit.updates import EVERY, Updates, are_bad
 from safeloop.autograd.bad import BadTrace, Source
 from safeloop.autograd.lineage import next_node
+from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, Tape, unheard
 from safeloop.checks.check import CallCheck, EventCheck
@@ -41,6 +43,7 @@ from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.update.moved import MovedWithoutGradient
+from safeloop.checks.update.rounded import UpdatesRoundAway
 from safeloop.checks.views import GradientsView
 from safeloop.faults import Fault
 
@@ -88,13 +91,13 @@ class LoopWatch:
         self.gradients = GradientWatch(model)
         self._lifetimes = Lifetimes(self._names)
         listeners = Hearing(self.journal, self._surveyed, lambda scaler: self._scalers.found(scaler)).listeners
-        for name in ("cross_entropy", "nll_loss"):
-            listeners.setdefault(name, []).append(count_means)
+        listeners |= {name: [*listeners.get(name, ()), count_means] for name in ("cross_entropy", "nll_loss")}
         self._open = OpenTape(build_tape(model, calls, handle, listeners))
         self._births = ForwardBirths(handle)
         self._open.tape.witness = self._births.look
         self._guards = Guards(model, self._parameters, self._open.tape.writes)
         self._moved = MovedWithoutGradient()
+        self._rounded = UpdatesRoundAway(self._names)
         self._aliases = KeptStateIsLive(model)
         self._known_functions: set[type] = set()
         self._bad: BadTrace | None = None
@@ -102,6 +105,7 @@ class LoopWatch:
         self.is_deep = False
         broken = self._open.tape.broken
         self._scalers = ScalerWatch(self.journal, self._updates, scalers, broken)
+        self._masks = MaskWatch(optimizers, broken)
         self._hooks = OptimizerHooks(optimizers, self._before_step, self._after_step, broken)
         self._schedules = ScheduleWatch(self.journal, optimizers, schedulers)
         self._has_updated = True
@@ -176,6 +180,7 @@ class LoopWatch:
             self._bad.finish()
         self._open.off()
         self._guards.stop()
+        self._masks.close()
         self._hooks.remove()
         self._scalers.remove()
 
@@ -208,6 +213,7 @@ class LoopWatch:
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}
             self.gradients.before(roots, call.tape, wanted)
+            self._masks.before(wanted)
             if not self._is_bad_told and not event.is_scaled:
                 self._bad = self._bad or BadTrace(roots)
         if faults:
@@ -229,6 +235,7 @@ class LoopWatch:
         is_taken = self.is_deep and not has_closure and not event.was_skipped
         if is_taken:
             self._moved.before(owner, optimizer, {name: self._parameters[name] for name in event.absent})
+            self._rounded.before(owner, optimizer)
             self._look(owner, optimizer, event)
         self.journal.record(event)
         self.journal.state.inside = owner
@@ -250,7 +257,8 @@ class LoopWatch:
                 self._is_hushed = self._open.tape.is_deaf = False
                 self._open.tape.wrote(owned)
             where = f"step of `{owner}`, iteration {self.journal.iteration}"
-            self._handle(list(self._moved.after(owner, optimizer, where)))
+            rounded = self._rounded.after(owner, optimizer, user_site())
+            self._handle([*self._moved.after(owner, optimizer, where), *rounded])
             self._lifetimes.updated(owned, next_node())
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
@@ -258,6 +266,7 @@ class LoopWatch:
         mine = {name: p for name, p in self._parameters.items() if name in self.journal.state.owners[owner]}
         where = f"step {self.journal.iteration}, before {type(optimizer).__name__}.step() of `{owner}`"
         self.gradients.after(mine, self._open.tape, where)
+        self._handle(self._masks.after(mine, self.journal, where))
         source = None if self._bad is None else self._bad.finish()
         self._bad = None
         if not self._is_bad_told and are_bad(mine.values()):

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from safeloop.audit.budget import FIRST_STEPS, LATE, Budget
 from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
+from safeloop.audit.masks import MaskWatch
 from safeloop.audit.opened import methods_of
 from safeloop.audit.stretch import build_tape, is_compiled, tell_broken
 from safeloop.autograd.survey import survey
@@ -54,6 +57,7 @@ class StepAudit:
         ownership: who updated what when the run was set up.
         holders: objects of the user's, beside the modules, whose attributes may keep graphs: the Trainer.
         permitted: loss terms that may be constant.
+        optimizers: owner -> its optimizer.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class StepAudit:
         ownership: Ownership,
         holders: Sequence[object] = (),
         permitted: Collection[str] = (),
+        optimizers: Mapping[str, Optimizer] = MappingProxyType({}),
     ) -> None:
         self.budget = budget
         self.is_on = budget.level != "off"
@@ -87,6 +92,7 @@ class StepAudit:
         self._tape = build_tape(model, checks, self._found.extend)
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
         self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
+        self._masks = MaskWatch(optimizers, self._tape.broken)
         self._functions: set[type] = set()
         self._starts: tuple[int, int] = (-1, 0)
         self._evaluations = 0
@@ -118,6 +124,7 @@ class StepAudit:
 
     def finish(self, step: int) -> None:
         """The run is over: tell what only all of it shows."""
+        self._masks.close()
         tell_broken([*self._tape.broken, *self._evaluation.broken])
         self._tell_history(step, is_over=True)
 
@@ -219,6 +226,7 @@ class StepAudit:
                 is_zero = not bool(term.detach().any())
                 history.terms_zero[name] = history.terms_zero.get(name, 0) + 1 if is_zero else -1
         self._gradients.before(terms, tape, wanted)
+        self._masks.before(wanted)
         faults += self._guards.before_backward(terms, source, f"step {step}")
         self.faults(faults, step)
 
@@ -226,6 +234,7 @@ class StepAudit:
         """Look at the gradients, before the update."""
         self.faults(self._guards.after_backward(source, f"step {step}"), step)
         self._gradients.after(parameters, self._tape, source)
+        self.faults(self._masks.after(parameters, None, f"step {step}"), step)
 
     def failed(self) -> list[Fault]:
         """What is known of an error that a backward pass has raised."""

@@ -43,6 +43,8 @@ class OptimizerHooks:
 
             def pre(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
                 try:
+                    if is_inner_step(opt):
+                        return
                     has_closure = (len(args) > 1 or bool(kwargs)) and _has_closure(args, kwargs)
                     before(owner, opt, has_closure)
                 except FaultError:
@@ -52,6 +54,8 @@ class OptimizerHooks:
 
             def post(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
                 try:
+                    if is_inner_step(opt):
+                        return
                     after(owner, opt)
                 except FaultError:
                     raise
@@ -76,6 +80,23 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether the step that runs is one of `super().step()`: its hooks are called a second time."""
+    if str(type(optimizer).step.__module__).startswith("torch.optim."):
+        return False
+    running = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP:
+            running += any(one is optimizer for one in frame.f_locals.get("args", ())[:1])
+        frame = frame.f_back
+    return running > 1
+
+
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""what torch wraps every `step` in"""
 
 
 def hookable(optimizer: Any) -> Optimizer | None:

@@ -81,6 +81,8 @@ class Lineage:
         self._paths: dict[int, str] = {}
         self._states: dict[int, _State] = {}
         self._first_uses: list[tuple[int, Site]] = []
+        self._read = 0
+        """the marks of all values that some call has used, as bits"""
         self._running: list[nn.Module] = []
 
     def begin(self) -> None:
@@ -88,7 +90,7 @@ class Lineage:
         self.marks.clear()
         self.origins.clear()
         self._states.clear()
-        self.used = 0
+        self.used = self._read = 0
         self._first_uses.clear()
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in named)
@@ -157,9 +159,14 @@ class Lineage:
         self._known(tensor).marks |= 1 << len(self.marks)
         self.marks.append(mark)
 
+    def was_read(self, mark: Mark) -> bool:
+        """Whether a value that has met a mark went into a further computation."""
+        return any(known is mark and self._read >> place & 1 for place, known in enumerate(self.marks))
+
     def _follow(self, name: str, tensors: Sequence[Tensor], out: Any) -> FrameType | None:
         """What the result is made of; the frame where it had to be looked up."""
         live, marks, used = self._gathered(tensors)
+        self._read |= marks
         frame = None
         if fresh := used & ~self.used:
             self.used |= fresh

@@ -36,11 +36,12 @@ def is_user_code(code: CodeType) -> bool:
     """Whether a code object comes from a file, or a prompt, that is neither torch's nor safeloop's nor Python's own."""
     known = _is_user.get(code)
     if known is None:
-        known = _is_user[code] = _is_user_file(code.co_filename)
+        known = _is_user[code] = is_user_file(code.co_filename)
     return known
 
 
-def _is_user_file(name: str) -> bool:
+def is_user_file(name: str) -> bool:
+    """Whether a file, or a prompt, is neither torch's nor safeloop's nor Python's own."""
     if name.startswith("<"):
         return name.startswith(_TYPED_IN)
     path = os.path.abspath(name)

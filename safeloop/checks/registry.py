@@ -48,6 +48,7 @@ FILES: dict[str, str] = {
     "SL214": "update/unowned.py",  # GradientsForNobody
     "SL215": "update/strangers.py",  # LeafOfNobody
     "SL216": "setup/rates.py",  # GroupRateZero (warning)
+    "SL217": "setup/keys.py",  # GroupKeyIgnored (warning)
     # SL3: graph and mutation
     "SL301": "graph/torch_errors.py",  # LeafChangedInPlace
     "SL302": "graph/torch_errors.py",  # GraphUsedTwice
@@ -166,6 +167,11 @@ FILES: dict[str, str] = {
     "SL661": "update/rates.py",  # RateSetNowhere (warning)
     "SL662": "update/overwritten.py",  # TrainedAndOverwritten
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
+    "SL671": "update/thrown_away.py",  # UpdateThrownAway
+    "SL672": "update/closure.py",  # ClosureComputesNothing
+    "SL673": "update/backwards.py",  # AverageGoesBackwards
+    "SL674": "update/rounded.py",  # UpdatesRoundAway (warning)
+    "SL675": "update/masked.py",  # MaskedButMoving (warning)
     "SL680": "update/schedule_first.py",  # ScheduleMovedFirst (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric

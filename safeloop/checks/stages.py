@@ -26,6 +26,7 @@ from safeloop.checks.setup.attributes import NonLeafAttribute, PlainTensorAttrib
 from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
+from safeloop.checks.setup.keys import GroupKeyIgnored
 from safeloop.checks.setup.loop_owners import LoopOwners
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParameter
@@ -41,7 +42,9 @@ from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, Te
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
 from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
+from safeloop.checks.update.backwards import AverageGoesBackwards
 from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.closure import ClosureComputesNothing
 from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
 from safeloop.checks.update.half import HalfWithoutScaler, LossNotScaled
@@ -56,6 +59,7 @@ from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed
 from safeloop.checks.update.skipped import EveryUpdateSkipped
 from safeloop.checks.update.steps import OptimizerNeverSteps, UpdatedWithoutPart
 from safeloop.checks.update.strangers import LeafOfNobody
+from safeloop.checks.update.thrown_away import UpdateThrownAway
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.update.windows import TailDiscarded, TailWindow, UnevenMicroBatches
 from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed
@@ -175,6 +179,8 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         StepChangesNothing(),
         CopyOfItself(model),
         NonFiniteGradient(),
+        UpdateThrownAway(model),
+        AverageGoesBackwards(model),
     ]
 
 
@@ -208,7 +214,9 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         LossNotScaled(),
         GroupRateZero(),
         ClosureDiscardsGradients(),
+        ClosureComputesNothing(),
         RateSetNowhere(),
+        GroupKeyIgnored(),
         ScheduledTwice(),
         ScheduleRunsOver(),
         TrainedInEvaluation(model),

@@ -380,3 +380,23 @@ def a_search_for_the_scale_from_far_above(watch: Any) -> None:
             scaler.step(optimizer)
             scaler.update()
             audit.step()
+
+
+@sound
+def an_optimizer_whose_step_calls_that_of_its_base(watch: Any) -> None:
+    class Normed(AdamW):
+        def step(self, closure: Any = None) -> Any:
+            out = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.clamp_(-3, 3)
+            return out
+
+    model = net()
+    optimizer = Normed(model.parameters(), lr=0.01)
+    with watch(model, optimizer) as audit:
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    assert audit._step == 8
