@@ -157,7 +157,7 @@ FILES: dict[str, str] = {
     "SL652": "update/windows.py",  # TailWindow (warning)
     "SL653": "update/half.py",  # LossNotScaled
     "SL654": "update/empty_steps.py",  # ClosureDiscardsGradients
-    "SL655": "update/windows.py",  # TailDiscarded (warning)
+    "SL655": "update/tails.py",  # TailDiscarded (warning)
     "SL656": "update/half.py",  # HalfWithoutScaler (warning)
     "SL657": "update/no_effect.py",  # StepChangesNothing (warning)
     "SL658": "update/schedules.py",  # ScheduledTwice (warning)
@@ -165,6 +165,7 @@ FILES: dict[str, str] = {
     "SL660": "update/rebuilt.py",  # OptimizerBuiltAgain (warning)
     "SL661": "update/rates.py",  # RateSetNowhere (warning)
     "SL662": "update/overwritten.py",  # TrainedAndOverwritten
+    "SL663": "update/thawed.py",  # ThawedWithTheRest (warning)
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric

@@ -55,8 +55,10 @@ from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed
 from safeloop.checks.update.skipped import EveryUpdateSkipped
 from safeloop.checks.update.steps import OptimizerNeverSteps, UpdatedWithoutPart
 from safeloop.checks.update.strangers import LeafOfNobody
+from safeloop.checks.update.tails import TailDiscarded
+from safeloop.checks.update.thawed import ThawedWithTheRest
 from safeloop.checks.update.unowned import GradientsForNobody
-from safeloop.checks.update.windows import TailDiscarded, TailWindow, UnevenMicroBatches
+from safeloop.checks.update.windows import TailWindow, UnevenMicroBatches
 from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed
 from safeloop.checks.views import GradientsView, SetupView, TermsView
 from safeloop.faults import Fault
@@ -173,6 +175,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         HalfWithoutScaler(),
         StepChangesNothing(),
         CopyOfItself(model),
+        ThawedWithTheRest(model),
     ]
 
 
