@@ -192,4 +192,5 @@ FILES: dict[str, str] = {
     "SL863": "data/bundles.py",  # BundleDoesNotFit
     "SL864": "data/bundles.py",  # BundleNeedsItsTrainer
     "SL865": "data/run_folder.py",  # RunFolderUnreadable
+    "SL866": "data/changed.py",  # DataChangedInPlace
 }

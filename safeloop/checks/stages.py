@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
+from safeloop.checks.data.changed import DataChangedInPlace
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
 from safeloop.checks.evaluation.modes import GradModeLeftOff
@@ -158,6 +159,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         StraightThroughReversed(),
         StatisticsLeftBehind(),
         FrozenStatistics(model, frozen),
+        DataChangedInPlace(),
     ]
 
 
