@@ -8,6 +8,7 @@ from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.data.changed import DataChangedInPlace
+from safeloop.checks.evaluation.buffers import BufferMovesInEvaluation
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
 from safeloop.checks.evaluation.modes import GradModeLeftOff
@@ -178,6 +179,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         StepChangesNothing(),
         CopyOfItself(model),
         ThawedWithTheRest(model),
+        BufferMovesInEvaluation(model),
     ]
 
 
