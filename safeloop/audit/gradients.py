@@ -16,7 +16,7 @@ from safeloop.autograd.survey import leaves_below, survey
 from safeloop.autograd.tape import Tape
 from safeloop.autograd.zeros import Stop, ZeroTrace
 from safeloop.checks.gradients.history import SAMPLED, SCORED, Cause, History, Sampled, Trace
-from safeloop.checks.gradients.magnitude import TINY
+from safeloop.checks.gradients.magnitude import FAINT, STILL, TINY
 
 ENOUGH_STEPS = 5
 """Steps that must have been looked at before anything is said of what their gradients show together"""
@@ -95,6 +95,7 @@ class GradientWatch:
             elif math.isfinite(norm):
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
+                trace.faint += norm < min(STILL, FAINT * top)
             if name in norms:
                 self._forget_cut(trace)
         self._reached.clear()

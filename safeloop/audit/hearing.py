@@ -48,6 +48,7 @@ class Hearing:
         self._journal = journal
         self._surveyed = surveyed
         self._found_scaler = found_scaler
+        self._has_passed = False
         self._memory: dict[int, str] = {}
         """where the gradients lie that somebody has asked for -> the parameter"""
 
@@ -72,6 +73,7 @@ class Hearing:
 
     def _backward(self, call: Call) -> None:
         journal = self._journal
+        self._has_passed = True
         first = call.args[0] if call.args else call.kwargs.get("tensors")
         roots = [first] if isinstance(first, Tensor) else [t for t in first or () if isinstance(t, Tensor)]
         journal.flush()
@@ -123,6 +125,8 @@ class Hearing:
             self._journal.note("zero" if call.args[1] is None else "write", call.site, [name])
 
     def _grad_read(self, call: Call) -> None:
+        if not self._has_passed and not call.is_direct:  # `zero_grad` looks at each
+            self._journal.state.early_zeroing.add(call.site)
         if not isinstance(call.out, Tensor):
             return
         name = self._journal.names.get(id(call.args[0]))
@@ -192,10 +196,10 @@ class Hearing:
                 given = values["parameters"]
                 tensors = [given] if isinstance(given, Tensor) else list(given)
                 names = frozenset(self._journal.names[id(t)] for t in tensors if id(t) in self._journal.names)
+                now, unknown = self._journal.iteration, len(tensors) - len(names)
                 limit = float(values.get("max_norm", float("inf")))
-                event = Clip(call.site, self._journal.iteration, "clip_grad_norm_", limit, names, is_empty=True)
-                if names or not tensors:
-                    self._journal.record(event)
+                event = Clip(call.site, now, "clip_grad_norm_", limit, names, is_empty=True, unknown=unknown)
+                self._journal.record(event)
                 return
             frame = frame.f_back
 

@@ -74,7 +74,9 @@ class Clip(Event):
     are_zero: bool = False
     """whether every gradient was exactly zero"""
     is_empty: bool = False
-    """whether there was no gradient at all; without parameters: whether it was given none"""
+    """whether there was no gradient at all; without parameters and unknown ones: whether it was given none"""
+    unknown: int = 0
+    """parameters that nobody has named"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,6 +176,8 @@ class LoopState:
     """the last events, across iterations"""
     is_known: bool = False
     """whether the watch has seen everything since gradients were zeroed"""
+    early_zeroing: set[Site | None] = field(default_factory=set)
+    """lines that zeroed gradients, or would have, before the first backward pass"""
     unscaled: set[str] = field(default_factory=set)
     """owners whose gradients are divided by the scale already"""
     inside: str = ""

@@ -158,7 +158,7 @@ FILES: dict[str, str] = {
     "SL652": "update/windows.py",  # TailWindow (warning)
     "SL653": "update/half.py",  # LossNotScaled
     "SL654": "update/empty_steps.py",  # ClosureDiscardsGradients
-    "SL655": "update/windows.py",  # TailDiscarded (warning)
+    "SL655": "update/tails.py",  # TailDiscarded (warning)
     "SL656": "update/half.py",  # HalfWithoutScaler (warning)
     "SL657": "update/no_effect.py",  # StepChangesNothing (warning)
     "SL658": "update/schedules.py",  # ScheduledTwice (warning)
@@ -166,6 +166,7 @@ FILES: dict[str, str] = {
     "SL660": "update/rebuilt.py",  # OptimizerBuiltAgain (warning)
     "SL661": "update/rates.py",  # RateSetNowhere (warning)
     "SL662": "update/overwritten.py",  # TrainedAndOverwritten
+    "SL663": "update/thawed.py",  # ThawedWithTheRest (warning)
     "SL670": "update/moved.py",  # MovedWithoutGradient (warning)
     "SL671": "update/thrown_away.py",  # UpdateThrownAway
     "SL672": "update/closure.py",  # ClosureComputesNothing
@@ -185,6 +186,7 @@ FILES: dict[str, str] = {
     "SL720": "evaluation/aliases.py",  # KeptStateIsLive (warning)
     "SL721": "evaluation/statistics.py",  # StatisticsLeftBehind (warning)
     "SL722": "evaluation/modes.py",  # GradModeChangedInMetrics (warning)
+    "SL723": "evaluation/buffers.py",  # BufferMovesInEvaluation (warning)
     # SL85: data and environment
     "SL851": "data/source.py",  # EmptyData
     "SL852": "data/source.py",  # BatchCannotMove
@@ -198,4 +200,5 @@ FILES: dict[str, str] = {
     "SL863": "data/bundles.py",  # BundleDoesNotFit
     "SL864": "data/bundles.py",  # BundleNeedsItsTrainer
     "SL865": "data/run_folder.py",  # RunFolderUnreadable
+    "SL866": "data/changed.py",  # DataChangedInPlace
 }

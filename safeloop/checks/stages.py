@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from safeloop.checks.check import CallCheck, EventCheck
+from safeloop.checks.data.changed import DataChangedInPlace
+from safeloop.checks.evaluation.buffers import BufferMovesInEvaluation
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
 from safeloop.checks.evaluation.modes import GradModeLeftOff
@@ -59,9 +61,11 @@ from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed
 from safeloop.checks.update.skipped import EveryUpdateSkipped
 from safeloop.checks.update.steps import OptimizerNeverSteps, UpdatedWithoutPart
 from safeloop.checks.update.strangers import LeafOfNobody
+from safeloop.checks.update.tails import TailDiscarded
+from safeloop.checks.update.thawed import ThawedWithTheRest
 from safeloop.checks.update.thrown_away import UpdateThrownAway
 from safeloop.checks.update.unowned import GradientsForNobody
-from safeloop.checks.update.windows import TailDiscarded, TailWindow, UnevenMicroBatches
+from safeloop.checks.update.windows import TailWindow, UnevenMicroBatches
 from safeloop.checks.update.zeroing import GradientsDiscarded, GradientsNotZeroed
 from safeloop.checks.views import GradientsView, SetupView, TermsView
 from safeloop.faults import Fault
@@ -161,6 +165,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         StraightThroughReversed(),
         StatisticsLeftBehind(),
         FrozenStatistics(model, frozen),
+        DataChangedInPlace(),
     ]
 
 
@@ -181,6 +186,8 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         NonFiniteGradient(),
         UpdateThrownAway(model),
         AverageGoesBackwards(model),
+        ThawedWithTheRest(model),
+        BufferMovesInEvaluation(model),
     ]
 
 

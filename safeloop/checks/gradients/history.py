@@ -44,6 +44,8 @@ class Trace:
     """steps on which no torch function was called with it, of those that a tape has seen"""
     tiny: int = 0
     """steps on which its norm was below 1e-12 of the largest one"""
+    faint: int = 0
+    """steps on which it was below 1e-9 of the largest one, and below 1e-8"""
     largest: float = 0.0
     smallest: float = float("inf")
     cause: Cause | None = None

@@ -11,6 +11,10 @@ from safeloop.faults import Fault
 
 HUGE = 1e10
 TINY = 1e-12
+FAINT, STILL = 1e-9, 1e-8
+"""Of the largest gradient, and at all: below the second one even Adam, whose eps it is, hardly moves a weight."""
+_MANY = 4
+"""So many weights with faint gradients, and more than half of all, are a network that lets nothing through."""
 
 
 class VanishingGradient(Check):
@@ -18,7 +22,8 @@ class VanishingGradient(Check):
 
     ## What it does
     Tells weights whose gradient was below 1e-12 of the largest one on all of at least 5 steps that were looked at, and
-    not zero. Cost: a norm for each gradient.
+    not zero. Below 1e-9 is enough for at least 4 weights that are more than half of all, with norms below 1e-8: single
+    ones may be the branches of a layer scale or of an adapter. Cost: a norm for each gradient.
 
     ## Why it is bad
     Each layer multiplies the gradient by its derivative. What reaches the first layers is rounding noise, so that they
@@ -59,15 +64,18 @@ class VanishingGradient(Check):
 
     @classmethod
     def find(cls, view: History) -> Iterator[Fault]:
-        """Where the norm of a weight's gradient was below 1e-12 of the largest on every step."""
+        """Where the norm of a weight's gradient was below 1e-12 of the largest on every step, or of half below 1e-9."""
         weights = {n: t for n, t in view.traces.items() if t.steps >= 5 and view.dimensions.get(n, 0) > 1}
         tiny = [name for name, trace in weights.items() if trace.tiny == trace.steps]
         underflown = [n for n, t in weights.items() if t.cause is None and t.zero and t.tiny + t.zero == t.steps]
-        names = [name for name in weights if name in {*tiny, *underflown}] if tiny else []
-        if names:
-            trace = view.traces[tiny[-1]]
+        faint = [name for name, trace in weights.items() if trace.faint == trace.steps]
+        is_most = len(faint) >= _MANY and 2 * len(faint) > len(weights)
+        found = {*tiny, *underflown, *(faint if is_most else ())} if tiny or is_most else ()
+        if found:
+            names, share = [name for name in weights if name in found], FAINT if is_most else TINY
+            trace = max((view.traces[name] for name in (faint if is_most else tiny[-1:])), key=lambda t: t.largest)
             yield cls.fault(
-                f"the gradients of {listed(names)} have norms of at most {trace.largest:.2g}, below {TINY:g} of the "
+                f"the gradients of {listed(names)} have norms of at most {trace.largest:.2g}, below {share:g} of the "
                 f"largest, on all of {trace.steps} steps",
                 where=view.where,
                 why="each layer multiplies the gradient by its derivative: many sigmoids or tanhs, or small weights, "

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from safeloop.checks.check import EventCheck
-from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
+from safeloop.checks.events import Backward, Event, LoopState, Update
 from safeloop.checks.source import at
 from safeloop.faults import Fault
 
@@ -208,83 +208,3 @@ class TailWindow(EventCheck):
             else "step on the last, shorter window of an epoch too, divided by its own length",
             names=(event.owner,),
         )
-
-
-class TailDiscarded(EventCheck):
-    """The micro-batches that are left at the end of an epoch are zeroed before the next one.
-
-    ## What it does
-    Compares the windows of micro-batches that steps use with those that zero_grad throws away. Speaks at the second
-    time that a shorter window, of backward passes on the same line, was zeroed without a step.
-
-    ## Why it is bad
-    With 10 micro-batches and a step after every fourth, the last two of each epoch never count. Where the order of the
-    data is fixed, the same samples are never trained on.
-
-    ## Bad
-    ```python
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
-        for epoch in range(3):
-            optimizer.zero_grad()
-            for i in range(10):
-                (F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)) / 4).backward()
-                if (i + 1) % 4 == 0:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    audit.step()
-    ```
-    ## Good
-    ```python
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
-        for epoch in range(3):
-            optimizer.zero_grad()
-            for i in range(10):
-                length = 4 if i < 8 else 2
-                (F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)) / length).backward()
-                if (i + 1) % 4 == 0 or i == 9:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    audit.step()
-    ```
-    ## Fix
-    Step on the last window of an epoch too, and divide its losses by the number of micro-batches that it has.
-
-    ## Source
-    https://github.com/jingyaogong/minimind/issues/749.
-    """
-
-    code = "SL655"
-    title = "last micro-batches discarded"
-    severity = "warning"
-
-    def __init__(self) -> None:
-        self._window: dict[str, list[Backward]] = {}
-        self._times: Counter[str] = Counter()
-
-    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the second shorter window that is zeroed."""
-        if not state.is_known or state.inside:
-            return
-        if isinstance(event, Update) and not event.has_closure:
-            self._window[event.owner] = window_of(event.owner, state)
-        if not isinstance(event, Zero):
-            return
-        for owner in dict.fromkeys(state.owner_of[name] for name in event.parameters & state.owner_of.keys()):
-            full, left = self._window.get(owner, []), window_of(owner, state)
-            if not is_tail(left, full):
-                continue
-            self._times[owner] += 1
-            if self._times[owner] == 2:
-                yield self.fault(
-                    f"zero_grad threw away the last {len(left)} micro-batches before `{owner}` had stepped on them; "
-                    f"its other windows have {len(full)}",
-                    where=f"{at(event.site, 'zero_grad')}; the micro-batches: {at(left[-1].site, 'a backward pass')}",
-                    why="the number of batches of an epoch is no multiple of the window: what is left at its end never "
-                    "counts",
-                    fix="step on the last, shorter window of an epoch too, with its losses divided by its own length",
-                    names=(owner,),
-                )
