@@ -80,8 +80,9 @@ class LoopWatch:
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         self._constants = ConstantPartOfLoss()
+        self._functions = (CustomGradientWrong(),)
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
-        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, self._constants]
+        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, self._constants, *self._functions]
         both = [check for check in calls if isinstance(check, EventCheck)]
         self._events += both
         self.gradients = GradientWatch(model)
@@ -95,7 +96,6 @@ class LoopWatch:
         self._guards = Guards(model, self._parameters, self._open.tape.writes)
         self._moved = MovedWithoutGradient()
         self._aliases = KeptStateIsLive(model)
-        self._known_functions: set[type] = set()
         self._bad: BadTrace | None = None
         self._is_bad_told = False
         self.is_deep = False
@@ -198,10 +198,7 @@ class LoopWatch:
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += self._constants.summed(roots)
-        for kind, args in list(call.tape.functions.items()):
-            if kind not in self._known_functions:
-                self._known_functions.add(kind)
-                faults += [fault] if (fault := CustomGradientWrong.of(kind, args)) is not None else []
+        faults += [fault for check in self._functions for fault in check.visited(found.numbers, call.tape.functions)]
         faults += self._guards.before_backward(roots, "", f"iteration {self.journal.iteration}")
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}

@@ -82,12 +82,12 @@ class StepAudit:
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         self._constants = ConstantPartOfLoss()
+        self._functions = (CustomGradientWrong(),)
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
-        checks = [*trainer_call_checks(model, frozen), *self._visitors, self._constants]
+        checks = [*trainer_call_checks(model, frozen), *self._visitors, self._constants, *self._functions]
         self._tape = build_tape(model, checks, self._found.extend)
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
         self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
-        self._functions: set[type] = set()
         self._starts: tuple[int, int] = (-1, 0)
         self._evaluations = 0
         self._is_deep = False
@@ -208,10 +208,7 @@ class StepAudit:
         faults = list(self._lifetimes.reached(found, tape, None, step))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += self._constants.summed(terms)
-        for kind, args in list(tape.functions.items()):
-            if kind not in self._functions:
-                self._functions.add(kind)
-                faults += [fault] if (fault := CustomGradientWrong.of(kind, args)) is not None else []
+        faults += [fault for check in self._functions for fault in check.visited(found.numbers, tape.functions)]
         history = self._gradients.history
         for name, term in roots.items():
             history.term_sites[name] = at(tape.site_of(term), source)

@@ -31,6 +31,8 @@ class Disagreement:
     """the same by central differences in float64"""
     ignores_gradient: bool
     """whether the backward gives the same whatever gradient comes in"""
+    only_at_other_than_one: bool = False
+    """whether it is right where the incoming gradient is one, as it is for a loss that nothing multiplies"""
 
 
 def check_function(kind: type[torch.autograd.Function], args: Sequence[Any]) -> Disagreement | None:
@@ -40,8 +42,9 @@ def check_function(kind: type[torch.autograd.Function], args: Sequence[Any]) -> 
     (gradient reversal and scaling), has flat parts or jumps (straight-through estimators, quantisers, surrogate
     gradients), or the backward is not linear (a clipped or guided gradient, an added penalty). Nor of functions that
     are not smooth here, that take modules or callables or more than 4 million values, or that run on several ranks,
-    where calling them again may have effects. Random state is left as it is. Cost: about twenty calls, once for each
-    class.
+    where calling them again may have effects. A scalar whose backward ignores the incoming gradient, and is right where
+    that is one, is given as `only_at_other_than_one`. Random state is left as it is. Cost: about twenty calls, once
+    for each class.
 
     Source: the central difference, as in `torch.autograd.gradcheck`, along one random direction.
     """
@@ -92,11 +95,8 @@ def _compared(probe: _Probe) -> Disagreement | None:
         return None
     weights = torch.ones_like(base) if base.numel() == 1 else torch.randn_like(base)
     given = probe.backward(weights)
-    nothing = probe.backward(torch.zeros_like(base))
-    ignores = any(bool(g.any()) for g in nothing)
-    if ignores and not all(map(torch.allclose, given, nothing)):
-        return None
-    if not ignores and not _is_linear(probe, weights, given):
+    ignores = _ignores(probe, weights, given)
+    if ignores is None:
         return None
     directions = [torch.randn_like(v) * bool(g.any()) for v, g in zip(originals, given, strict=True)]
     moved = _moved(probe, directions)
@@ -109,9 +109,18 @@ def _compared(probe: _Probe) -> Disagreement | None:
         return None
     pairs = zip(probe.backward(weights), directions, strict=True)
     analytic = float(sum((g * d).sum() for g, d in pairs))
-    if not math.isfinite(analytic) or abs(analytic - rates[0]) <= _WRONG * scale or _jumps(probe, originals):
+    is_right = abs(analytic - rates[0]) <= _WRONG * scale
+    if not math.isfinite(analytic) or (is_right and not (ignores and base.numel() == 1)) or _jumps(probe, originals):
         return None
-    return Disagreement(analytic, rates[0], ignores)
+    return Disagreement(analytic, rates[0], ignores, is_right)
+
+
+def _ignores(probe: _Probe, weights: Tensor, given: list[Tensor]) -> bool | None:
+    """Whether the backward does not use the incoming gradient; None where it is not linear in it."""
+    nothing = probe.backward(torch.zeros_like(weights))
+    if any(bool(g.any()) for g in nothing):
+        return True if all(map(torch.allclose, given, nothing)) else None
+    return False if _is_linear(probe, weights, given) else None
 
 
 def _is_linear(probe: _Probe, weights: Tensor, given: list[Tensor]) -> bool:
