@@ -106,6 +106,7 @@ FILES: dict[str, str] = {
     "SL447": "setup/watch.py",  # WatchRefused
     "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
     "SL450": "terms/constants.py",  # ConstantPartOfLoss
+    "SL460": "terms/normalised.py",  # NormalisedOverAnother
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient

@@ -39,6 +39,7 @@ from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheMod
 from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
 from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
+from safeloop.checks.terms.normalised import NormalisedOverAnother
 from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.clip_order import ClipWithoutEffect
@@ -146,6 +147,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
     return [
         BroadcastInLoss(),
         ProbabilitiesAsLogits(),
+        NormalisedOverAnother(),
         PenaltyWithoutGraph(),
         PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),
