@@ -39,6 +39,7 @@ from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
 from safeloop.checks.terms.constants import ConstantPartOfLoss
+from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.views import GradientsView
 from safeloop.faults import Fault
@@ -79,10 +80,10 @@ class LoopWatch:
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._constants = ConstantPartOfLoss()
+        self._sums = (ConstantPartOfLoss(), PartCountedTwice())
         self._functions = (CustomGradientWrong(),)
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
-        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, self._constants, *self._functions]
+        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         both = [check for check in calls if isinstance(check, EventCheck)]
         self._events += both
         self.gradients = GradientWatch(model)
@@ -197,7 +198,7 @@ class LoopWatch:
         self._schedules.poll(is_deep=self.is_deep)
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
-        faults += self._constants.summed(roots)
+        faults += [fault for check in self._sums for fault in check.summed(roots)]
         faults += [fault for check in self._functions for fault in check.visited(found.numbers, call.tape.functions)]
         faults += self._guards.before_backward(roots, "", f"iteration {self.journal.iteration}")
         if not self.journal.state.inside:

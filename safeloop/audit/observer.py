@@ -28,6 +28,7 @@ from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
 from safeloop.checks.terms.constants import ConstantPartOfLoss
+from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
@@ -81,10 +82,10 @@ class StepAudit:
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._constants = ConstantPartOfLoss()
+        self._sums = (ConstantPartOfLoss(), PartCountedTwice())
         self._functions = (CustomGradientWrong(),)
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
-        checks = [*trainer_call_checks(model, frozen), *self._visitors, self._constants, *self._functions]
+        checks = [*trainer_call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         self._tape = build_tape(model, checks, self._found.extend)
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
         self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
@@ -207,7 +208,7 @@ class StepAudit:
         found = survey(*terms, since=self._starts[1])
         faults = list(self._lifetimes.reached(found, tape, None, step))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
-        faults += self._constants.summed(terms)
+        faults += [fault for check in self._sums for fault in check.summed(terms)]
         faults += [fault for check in self._functions for fault in check.visited(found.numbers, tape.functions)]
         history = self._gradients.history
         for name, term in roots.items():

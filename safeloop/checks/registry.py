@@ -107,6 +107,7 @@ FILES: dict[str, str] = {
     "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
     "SL450": "terms/constants.py",  # ConstantPartOfLoss
     "SL460": "terms/normalised.py",  # NormalisedOverAnother
+    "SL461": "terms/counted.py",  # PartCountedTwice (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient

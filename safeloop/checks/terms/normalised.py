@@ -90,8 +90,8 @@ class NormalisedOverAnother(CallCheck):
                 where=place + made,
                 why="the softmax was given another `dim`: samples or positions compete with each other in place of "
                 "classes, so that a prediction depends on the rest of the batch",
-                fix="give the softmax the dimension of the classes (`dim=1` for nll_loss, or `dim=-1` before the scores "
-                "are flattened to rows), or use cross_entropy on the scores",
+                fix="give the softmax the dimension of the classes (`dim=1` for nll_loss, `dim=-1` before scores are "
+                "flattened to rows), or use cross_entropy on the scores",
             )
 
 
