@@ -35,6 +35,7 @@ from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
@@ -81,7 +82,7 @@ class LoopWatch:
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         self._sums = (ConstantPartOfLoss(), PartCountedTwice())
-        self._functions = (CustomGradientWrong(),)
+        self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
         calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         both = [check for check in calls if isinstance(check, EventCheck)]

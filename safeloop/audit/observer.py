@@ -23,6 +23,7 @@ from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.modes import GradModeChangedInMetrics, GradModeLeftOff, ModeChangedInLoss, restless
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
@@ -83,7 +84,7 @@ class StepAudit:
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         self._sums = (ConstantPartOfLoss(), PartCountedTwice())
-        self._functions = (CustomGradientWrong(),)
+        self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
         checks = [*trainer_call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         self._tape = build_tape(model, checks, self._found.extend)

@@ -67,6 +67,7 @@ FILES: dict[str, str] = {
     "SL316": "graph/recomputed.py",  # RecomputedOtherwise
     "SL317": "graph/samples.py",  # SampleWithoutGradient (warning)
     "SL318": "graph/itself.py",  # CopyOfItself (warning)
+    "SL319": "graph/functions_twice.py",  # SecondDerivativeOfFunctionWrong (warning)
     "SL330": "graph/straight_through.py",  # StraightThroughReversed
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor

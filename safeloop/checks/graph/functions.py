@@ -136,7 +136,7 @@ class CustomGradientWrong(CallCheck):
         return self.fault(
             f"the backward of {name} gives {found.analytic:.4g} along a random direction, central differences of its "
             f"forward give {found.numeric:.4g}",
-            where=_place(kind),
+            where=place_of(kind),
             why=f"{name}.backward returns a gradient although the incoming one is zero: it does not use it"
             if ignores
             else f"{name}.backward does not return the incoming gradient times the derivative of forward",
@@ -149,7 +149,7 @@ class CustomGradientWrong(CallCheck):
         return self.fault(
             f"the result of {name} is multiplied by {factor:.4g}, and its gradient is not: along a random direction it "
             f"is {found.analytic:.4g}, and should be {found.numeric * factor:.4g}",
-            where=f"{_place(kind)}; scaled at {at(site, 'the loss')}",
+            where=f"{place_of(kind)}; scaled at {at(site, 'the loss')}",
             why=f"{name}.backward returns the same gradient whatever comes in: a weight, a mean over batches or the "
             "factor of a gradient scaler has no effect on it",
             fix=_USE_IT,
@@ -160,7 +160,8 @@ class CustomGradientWrong(CallCheck):
 _USE_IT = "multiply the local derivative by the gradient that comes in (`return grad_output * ...`)"
 
 
-def _place(kind: type) -> str:
+def place_of(kind: type) -> str:
+    """Where the backward of a custom function is defined."""
     backward = getattr(kind, "backward", None)
     return kind.__name__ if backward is None else where_defined(backward)
 
