@@ -39,6 +39,7 @@ from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWron
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
+from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.moved import MovedWithoutGradient
@@ -81,7 +82,7 @@ class LoopWatch:
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._sums = (ConstantPartOfLoss(), PartCountedTwice())
+        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), PolicyTrainsBaseline())
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
         calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]

@@ -28,6 +28,7 @@ from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
+from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.unowned import GradientsForNobody
@@ -56,6 +57,7 @@ class StepAudit:
         ownership: who updated what when the run was set up.
         holders: objects of the user's, beside the modules, whose attributes may keep graphs: the Trainer.
         permitted: loss terms that may be constant.
+        are_separate: whether each term is differentiated by itself, with respect to what it trains alone.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class StepAudit:
         ownership: Ownership,
         holders: Sequence[object] = (),
         permitted: Collection[str] = (),
+        are_separate: bool = False,
     ) -> None:
         self.budget = budget
         self.is_on = budget.level != "off"
@@ -83,7 +86,8 @@ class StepAudit:
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._sums = (ConstantPartOfLoss(), PartCountedTwice())
+        joint = () if are_separate else (PolicyTrainsBaseline(),)
+        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), *joint)
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
         checks = [*trainer_call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]

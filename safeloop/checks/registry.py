@@ -109,6 +109,7 @@ FILES: dict[str, str] = {
     "SL450": "terms/constants.py",  # ConstantPartOfLoss
     "SL460": "terms/normalised.py",  # NormalisedOverAnother
     "SL461": "terms/counted.py",  # PartCountedTwice (warning)
+    "SL462": "terms/baselines.py",  # PolicyTrainsBaseline (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient
