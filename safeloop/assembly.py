@@ -126,7 +126,16 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
     }
     permitted = [name for name, section in config.losses.items() if section.may_be_constant]
     budget = Budget(config.audit.level, config.audit.budget)
-    observer = StepAudit(budget, ledger, model, ownership, given.holders, permitted, optimizers)
+    observer = StepAudit(
+        budget,
+        ledger,
+        model,
+        ownership,
+        given.holders,
+        permitted,
+        optimizers=optimizers,
+        are_separate=config.simultaneous,
+    )
     losses = {phase.name: phase.losses for phase in given.phases}
     attendance = _attendance(given)
     keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)

@@ -38,10 +38,13 @@ from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
+from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
+from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.update.rounded import UpdatesRoundAway
 from safeloop.checks.views import GradientsView
@@ -83,9 +86,10 @@ class LoopWatch:
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._constants = ConstantPartOfLoss()
+        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), PolicyTrainsBaseline())
+        self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
-        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, self._constants]
+        calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         both = [check for check in calls if isinstance(check, EventCheck)]
         self._events += both
         self.gradients = GradientWatch(model)
@@ -99,7 +103,6 @@ class LoopWatch:
         self._moved = MovedWithoutGradient()
         self._rounded = UpdatesRoundAway(self._names)
         self._aliases = KeptStateIsLive(model)
-        self._known_functions: set[type] = set()
         self._bad: BadTrace | None = None
         self._is_bad_told = False
         self.is_deep = False
@@ -204,11 +207,8 @@ class LoopWatch:
         self._schedules.poll(is_deep=self.is_deep)
         faults = list(self._lifetimes.reached(found, call.tape, event.site, self.journal.iteration))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
-        faults += self._constants.summed(roots)
-        for kind, args in list(call.tape.functions.items()):
-            if kind not in self._known_functions:
-                self._known_functions.add(kind)
-                faults += [fault] if (fault := CustomGradientWrong.of(kind, args)) is not None else []
+        faults += [fault for check in self._sums for fault in check.summed(roots)]
+        faults += [fault for check in self._functions for fault in check.visited(found.numbers, call.tape.functions)]
         faults += self._guards.before_backward(roots, "", f"iteration {self.journal.iteration}")
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}

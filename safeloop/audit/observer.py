@@ -26,11 +26,14 @@ from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.modes import GradModeChangedInMetrics, GradModeLeftOff, ModeChangedInLoss, restless
 from safeloop.checks.graph.detached import PathCutByData
 from safeloop.checks.graph.functions import CustomGradientWrong
+from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
+from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
+from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
@@ -58,6 +61,7 @@ class StepAudit:
         holders: objects of the user's, beside the modules, whose attributes may keep graphs: the Trainer.
         permitted: loss terms that may be constant.
         optimizers: owner -> its optimizer.
+        are_separate: whether each term is differentiated by itself, with respect to what it trains alone.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class StepAudit:
         holders: Sequence[object] = (),
         permitted: Collection[str] = (),
         optimizers: Mapping[str, Optimizer] = MappingProxyType({}),
+        are_separate: bool = False,
     ) -> None:
         self.budget = budget
         self.is_on = budget.level != "off"
@@ -86,14 +91,15 @@ class StepAudit:
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._constants = ConstantPartOfLoss()
+        joint = () if are_separate else (PolicyTrainsBaseline(),)
+        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), *joint)
+        self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
-        checks = [*trainer_call_checks(model, frozen), *self._visitors, self._constants]
+        checks = [*trainer_call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         self._tape = build_tape(model, checks, self._found.extend)
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
         self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
         self._masks = MaskWatch(optimizers, self._tape.broken)
-        self._functions: set[type] = set()
         self._starts: tuple[int, int] = (-1, 0)
         self._evaluations = 0
         self._is_deep = False
@@ -214,11 +220,8 @@ class StepAudit:
         found = survey(*terms, since=self._starts[1])
         faults = list(self._lifetimes.reached(found, tape, None, step))
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
-        faults += self._constants.summed(terms)
-        for kind, args in list(tape.functions.items()):
-            if kind not in self._functions:
-                self._functions.add(kind)
-                faults += [fault] if (fault := CustomGradientWrong.of(kind, args)) is not None else []
+        faults += [fault for check in self._sums for fault in check.summed(terms)]
+        faults += [fault for check in self._functions for fault in check.visited(found.numbers, tape.functions)]
         history = self._gradients.history
         for name, term in roots.items():
             history.term_sites[name] = at(tape.site_of(term), source)

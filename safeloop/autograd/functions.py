@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class Disagreement:
     """the same by central differences in float64"""
     ignores_gradient: bool
     """whether the backward gives the same whatever gradient comes in"""
+    only_at_other_than_one: bool = False
+    """whether it is right where the incoming gradient is one, as it is for a loss that nothing multiplies"""
 
 
 def check_function(kind: type[torch.autograd.Function], args: Sequence[Any]) -> Disagreement | None:
@@ -40,18 +42,33 @@ def check_function(kind: type[torch.autograd.Function], args: Sequence[Any]) -> 
     (gradient reversal and scaling), has flat parts or jumps (straight-through estimators, quantisers, surrogate
     gradients), or the backward is not linear (a clipped or guided gradient, an added penalty). Nor of functions that
     are not smooth here, that take modules or callables or more than 4 million values, or that run on several ranks,
-    where calling them again may have effects. Random state is left as it is. Cost: about twenty calls, once for each
-    class.
+    where calling them again may have effects. A scalar whose backward ignores the incoming gradient, and is right where
+    that is one, is given as `only_at_other_than_one`. Random state is left as it is. Cost: about twenty calls, once
+    for each class.
 
     Source: the central difference, as in `torch.autograd.gradcheck`, along one random direction.
     """
+    return _probed(_compared, kind, args)
+
+
+def check_twice(kind: type[torch.autograd.Function], args: Sequence[Any]) -> Disagreement | None:
+    """Compare what a double backward of a custom function gives with central differences of its backward.
+
+    Only for a function whose backward is the derivative of its forward here; under the conditions of `check_function`.
+    """
+    return _probed(_compared_twice, kind, args)
+
+
+def _probed(
+    compare: Callable[[_Probe], Disagreement | None], kind: type[torch.autograd.Function], args: Sequence[Any]
+) -> Disagreement | None:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors or sum(t.numel() for t in tensors) > _MOST or not all(map(_is_plain, args)) or _has_peers():
         return None
     off = torch.autocast(tensors[0].device.type, enabled=False)
     with isolated_rng(0), torch._C.DisableTorchFunction(), off:
         try:
-            return _compared(_Probe(kind, args))
+            return compare(_Probe(kind, args))
         except Exception:  # a function that cannot be called like this, such as a kernel without float64
             return None
 
@@ -65,24 +82,43 @@ class _Probe:
         self.values = [a.detach().double() if i in floats else a for i, a in enumerate(args)]  # of one dtype
         self._kind = kind
 
-    def forward(self, shifts: Sequence[Tensor] = ()) -> Tensor:
-        """The first result, where the differentiated arguments are moved by `shifts`."""
-        values = [v.clone() if isinstance(v, Tensor) else v for v in self.values]
+    def _arguments(self, shifts: Sequence[Tensor]) -> list[Any]:
+        values = [v.detach().clone() if isinstance(v, Tensor) else v for v in self.values]
         for place, shift in zip(self.places, shifts, strict=False):
             values[place] = values[place] + shift
-        with torch.no_grad():
-            return _first(self._kind.apply(*values)).double()  # type: ignore[no-untyped-call]
+        return values
 
-    def backward(self, weights: Tensor) -> list[Tensor]:
+    def forward(self, shifts: Sequence[Tensor] = ()) -> Tensor:
+        """The first result, where the differentiated arguments are moved by `shifts`."""
+        with torch.no_grad():
+            return _first(self._kind.apply(*self._arguments(shifts))).double()  # type: ignore[no-untyped-call]
+
+    def backward(self, weights: Tensor, shifts: Sequence[Tensor] = ()) -> list[Tensor]:
         """What the backward gives for an incoming gradient, zeros where it gives none; on a graph of its own."""
-        values = [v.detach().clone() if isinstance(v, Tensor) else v for v in self.values]
+        wanted, given = self._differentiated(weights, shifts, is_twice=False)
+        return [torch.zeros_like(v) if g is None else g.double() for v, g in zip(wanted, given, strict=True)]
+
+    def double_backward(self, weights: Tensor, along: Sequence[Tensor], directions: Sequence[Tensor]) -> float:
+        """How the backward's result `along` some tensors changes in a direction, by differentiating it."""
+        with torch.enable_grad():
+            wanted, given = self._differentiated(weights, (), is_twice=True)
+            sums = [(g * a).sum() for g, a in zip(given, along, strict=True) if g is not None and g.requires_grad]
+        if not sums:
+            return 0.0
+        second: Sequence[Tensor | None] = torch.autograd.grad(sums, wanted, allow_unused=True)
+        return float(sum((s * d).sum() for s, d in zip(second, directions, strict=True) if s is not None))
+
+    def _differentiated(
+        self, weights: Tensor, shifts: Sequence[Tensor], *, is_twice: bool
+    ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+        values = self._arguments(shifts)
         wanted = [values[place].requires_grad_() for place in self.places]
         with torch.enable_grad():
             for place, leaf in zip(self.places, wanted, strict=True):
                 values[place] = leaf.clone()  # the forward may write into it
             out = _first(self._kind.apply(*values))  # type: ignore[no-untyped-call]
-        given: Sequence[Tensor | None] = torch.autograd.grad(out, wanted, weights.to(out.dtype), allow_unused=True)
-        return [torch.zeros_like(v) if g is None else g.double() for v, g in zip(wanted, given, strict=True)]
+        weights = weights.to(out.dtype)
+        return wanted, torch.autograd.grad(out, wanted, weights, allow_unused=True, create_graph=is_twice)
 
 
 def _compared(probe: _Probe) -> Disagreement | None:
@@ -92,11 +128,8 @@ def _compared(probe: _Probe) -> Disagreement | None:
         return None
     weights = torch.ones_like(base) if base.numel() == 1 else torch.randn_like(base)
     given = probe.backward(weights)
-    nothing = probe.backward(torch.zeros_like(base))
-    ignores = any(bool(g.any()) for g in nothing)
-    if ignores and not all(map(torch.allclose, given, nothing)):
-        return None
-    if not ignores and not _is_linear(probe, weights, given):
+    ignores = _ignores(probe, weights, given)
+    if ignores is None:
         return None
     directions = [torch.randn_like(v) * bool(g.any()) for v, g in zip(originals, given, strict=True)]
     moved = _moved(probe, directions)
@@ -109,9 +142,38 @@ def _compared(probe: _Probe) -> Disagreement | None:
         return None
     pairs = zip(probe.backward(weights), directions, strict=True)
     analytic = float(sum((g * d).sum() for g, d in pairs))
-    if not math.isfinite(analytic) or abs(analytic - rates[0]) <= _WRONG * scale or _jumps(probe, originals):
+    is_right = abs(analytic - rates[0]) <= _WRONG * scale
+    if not math.isfinite(analytic) or (is_right and not (ignores and base.numel() == 1)) or _jumps(probe, originals):
         return None
-    return Disagreement(analytic, rates[0], ignores)
+    return Disagreement(analytic, rates[0], ignores, is_right)
+
+
+def _compared_twice(probe: _Probe) -> Disagreement | None:
+    weights = torch.randn_like(probe.forward())
+    given = probe.backward(weights)
+    directions, along = ([torch.randn_like(g) for g in given] for _ in range(2))
+    first = [_rate(probe, directions, weights, h) for h in _STEPS]
+    analytic = float(sum((g * d).sum() for g, d in zip(given, directions, strict=True)))
+    if abs(analytic - first[0]) > _AGREE * max(map(abs, first)) or abs(first[0] - first[1]) > _AGREE * abs(first[0]):
+        return None
+    rates = []
+    for h in _STEPS:
+        ahead, behind = (probe.backward(weights, [s * d for d in directions]) for s in (h, -h))
+        rates.append(float(sum(((a - b) * o).sum() for a, b, o in zip(ahead, behind, along, strict=True)) / (2 * h)))
+    scale = max(map(abs, rates))
+    if not all(map(math.isfinite, rates)) or scale <= 1e-6 or abs(rates[0] - rates[1]) > _AGREE * scale:
+        return None
+    twice = probe.double_backward(weights, along, directions)
+    is_right = not math.isfinite(twice) or abs(twice - rates[0]) <= _WRONG * scale
+    return None if is_right else Disagreement(twice, rates[0], ignores_gradient=False)
+
+
+def _ignores(probe: _Probe, weights: Tensor, given: list[Tensor]) -> bool | None:
+    """Whether the backward does not use the incoming gradient; None where it is not linear in it."""
+    nothing = probe.backward(torch.zeros_like(weights))
+    if any(bool(g.any()) for g in nothing):
+        return True if all(map(torch.allclose, given, nothing)) else None
+    return False if _is_linear(probe, weights, given) else None
 
 
 def _is_linear(probe: _Probe, weights: Tensor, given: list[Tensor]) -> bool:

@@ -41,11 +41,21 @@ def nodes_between(values: Tensor, at: Tensor) -> list[Node]:
 
     Cost: about 3 us for each node of the graph of `values`.
     """
-    if values.grad_fn is None or not at.requires_grad:
-        return []
-    end = get_gradient_edge(at).node
-    parents: dict[Node, list[Node]] = {values.grad_fn: []}
-    waiting: list[Node] = [values.grad_fn]
+    return _between([values], [at])
+
+
+def functions_between(values: Iterable[Tensor], at: Iterable[Tensor]) -> set[type]:
+    """The custom functions, not marked `@once_differentiable`, that `torch.autograd.grad(values, at)` runs through."""
+    nodes: list[Any] = _between(values, at)
+    own = {node._forward_cls for node in nodes if hasattr(node, "_forward_cls") and not _is_once_differentiable(node)}
+    return {kind for kind in own if isinstance(kind, type)}
+
+
+def _between(values: Iterable[Tensor], at: Iterable[Tensor]) -> list[Node]:
+    ends = {get_gradient_edge(tensor).node for tensor in at if tensor.requires_grad}
+    starts = [tensor.grad_fn for tensor in values if tensor.grad_fn is not None] if ends else []
+    parents: dict[Node, list[Node]] = {node: [] for node in starts}
+    waiting: list[Node] = list(parents)
     while waiting:
         node = waiting.pop()
         for following, _ in node.next_functions:
@@ -54,13 +64,13 @@ def nodes_between(values: Tensor, at: Tensor) -> list[Node]:
                     waiting.append(following)
                 parents.setdefault(following, []).append(node)
     between: dict[Node, None] = {}
-    waiting = [end] if end in parents else []
+    waiting = [end for end in ends if end in parents]
     while waiting:
         node = waiting.pop()
         if node not in between:
             between[node] = None
             waiting += parents[node]
-    return [node for node in between if node is not end]
+    return [node for node in between if node not in ends]
 
 
 def without_second_derivative(nodes: list[Node]) -> list[str]:

@@ -68,6 +68,7 @@ FILES: dict[str, str] = {
     "SL316": "graph/recomputed.py",  # RecomputedOtherwise
     "SL317": "graph/samples.py",  # SampleWithoutGradient (warning)
     "SL318": "graph/itself.py",  # CopyOfItself (warning)
+    "SL319": "graph/functions_twice.py",  # SecondDerivativeOfFunctionWrong (warning)
     "SL330": "graph/straight_through.py",  # StraightThroughReversed
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
@@ -107,6 +108,9 @@ FILES: dict[str, str] = {
     "SL447": "setup/watch.py",  # WatchRefused
     "SL448": "setup/watch.py",  # CurvatureUnavailable (warning)
     "SL450": "terms/constants.py",  # ConstantPartOfLoss
+    "SL460": "terms/normalised.py",  # NormalisedOverAnother
+    "SL461": "terms/counted.py",  # PartCountedTwice (warning)
+    "SL462": "terms/baselines.py",  # PolicyTrainsBaseline (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient

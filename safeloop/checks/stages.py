@@ -42,6 +42,7 @@ from safeloop.checks.terms.graph import TermHasNoGradientPath, TermIgnoresTheMod
 from safeloop.checks.terms.hand_made import PenaltyThroughBatchNorm, PenaltyWithoutGraph
 from safeloop.checks.terms.kinds import TermIsAPythonNumber, TermIsNotFinite, TermIsNotFloatingPoint
 from safeloop.checks.terms.misuse import BroadcastInLoss, ProbabilitiesAsLogits
+from safeloop.checks.terms.normalised import NormalisedOverAnother
 from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.backwards import AverageGoesBackwards
@@ -155,6 +156,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
     return [
         BroadcastInLoss(),
         ProbabilitiesAsLogits(),
+        NormalisedOverAnother(),
         PenaltyWithoutGraph(),
         PartOfSumWithoutGradient(),
         PenaltyThroughBatchNorm(),

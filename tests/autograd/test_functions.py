@@ -97,7 +97,6 @@ RIGHT = {
     "only positive gradients": (lambda x: x.exp(), lambda g, x: g.clamp(min=0) * x.exp(), [X]),
     "penalty added": (lambda x: 2 * x, lambda g, x: 2 * g + 0.01 * x, [X]),
     "treated as a constant": (lambda x, b: x * b, lambda g, x, b: (g * b, None), [X, B]),
-    "gradient of one": (lambda x: x.square().mean(), lambda g, x: 2 * x / x.numel(), [X]),
     "not smooth": (lambda x: (1e6 * x).sin(), lambda g, x: g, [X]),
     "outside its domain": (lambda x: x.sqrt(), lambda g, x: g, [X]),
     "integers": (lambda x: x.long(), lambda g, x: None, [X]),
@@ -117,6 +116,16 @@ def test_a_wrong_backward_is_found(name: str) -> None:
 def test_a_backward_that_is_right_or_meant_is_left_alone(name: str) -> None:
     forward, backward, args = RIGHT[name]
     assert check_function(make(forward, backward), args) is None
+
+
+def test_a_loss_that_is_right_for_a_gradient_of_one_is_told_apart() -> None:
+    found = check_function(make(lambda x: x.square().mean(), lambda g, x: 2 * x / x.numel()), [X])
+    assert found is not None
+    assert found.only_at_other_than_one
+    assert found.ignores_gradient
+    wrong = check_function(make(lambda x: x.square().mean(), lambda g, x: 2 * x), [X])
+    assert wrong is not None
+    assert not wrong.only_at_other_than_one
 
 
 def test_nothing_is_changed_by_the_check() -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from torch import Tensor
+
+from safeloop.autograd.lineage import Mark
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
 from safeloop.faults import Fault
+
+_SUMS = frozenset(["add", "__add__", "__radd__", "add_", "__iadd__", "cat", "concat", "concatenate", "stack"])
+_SOFTMAX = frozenset(["softmax"])
+_PRODUCTS = frozenset(["matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm"])
+_WEIGHTS = "weights without a path"
+_KEPT = 200
+"""Products that no backward pass has visited, as in an evaluation."""
 
 
 class PathCutByData(CallCheck):
@@ -16,7 +27,9 @@ class PathCutByData(CallCheck):
 
     ## What it does
     Tells where `x.data` is added to, or concatenated with, something that is differentiated, and the same `x` goes on
-    to the loss by another path. Differences such as `(q - x).data`, the straight-through estimator, and `.detach()`,
+    to the loss by another path; and where a softmax of `scores.data` weighs values that are differentiated, and the
+    scores reach the loss in no other way: attention whose queries and keys do not learn, though the parameters that
+    they share with the values do. Differences such as `(q - x).data`, the straight-through estimator, and `.detach()`,
     which says what is meant, are not told. Cost: none beyond the tape of calls.
 
     ## Why it is bad
@@ -69,23 +82,41 @@ class PathCutByData(CallCheck):
     code = "SL314"
     title = "path cut by .data"
     severity = "warning"
-    hears = frozenset(["add", "__add__", "__radd__", "add_", "__iadd__", "cat", "concat", "concatenate", "stack"])
+    hears = _SUMS | _SOFTMAX | _PRODUCTS
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[Site | None, str]] = {}
+        self._weighed: dict[int, Mark] = {}
+        """the node of a product -> the cut of the scores that weigh its values"""
         self._told: set[str] = set()
 
     def hear(self, call: Call) -> Iterator[Fault]:
-        """Remember sums of a `.data` and something that is differentiated."""
-        if not any(call.tape.live(t) for t in call.tensors):
-            return iter(())
-        for tensor in call.tensors:
-            if call.tape.maker(tensor) != ".data":
-                continue
-            mark = next((m for m in reversed(list(call.tape.marks_of(tensor))) if m.name == ".data"), None)
-            if mark is not None and mark.node is not None and not mark.is_difference:
-                self._found[mark.node] = (mark.site, mark.module)
+        """Remember sums of a `.data` and something that is differentiated, and values that a softmax of it weighs."""
+        if call.name in _SOFTMAX:
+            self._weigh(call)
+        elif any(call.tape.live(t) for t in call.tensors):
+            self._remember(call)
         return iter(())
+
+    def _weigh(self, call: Call) -> None:
+        cuts = [m for tensor in call.tensors[:1] for m in call.tape.marks_of(tensor) if m.kind == "cut"]
+        if len(cuts) == 1 and cuts[0].name == ".data" and isinstance(call.out, Tensor):
+            call.tape.mark(call.out, replace(cuts[0], kind=_WEIGHTS))
+
+    def _remember(self, call: Call) -> None:
+        for tensor in call.tensors:
+            marks = list(call.tape.marks_of(tensor))
+            if call.name in _PRODUCTS:
+                cuts = [m for m in marks if m.kind in ("cut", _WEIGHTS)]
+                weights = cuts[-1] if len(cuts) == 2 and cuts[-1].kind == _WEIGHTS else None
+                others = [call.tape.live(t) for t in call.tensors if t is not tensor]
+                node = call.out.grad_fn if isinstance(call.out, Tensor) else None
+                if weights is not None and node is not None and _covers(others, weights.live):
+                    self._weighed[node._sequence_nr()] = weights
+            elif call.tape.maker(tensor) == ".data":
+                mark = next((m for m in reversed(marks) if m.name == ".data"), None)
+                if mark is not None and mark.node is not None and not mark.is_difference:
+                    self._found[mark.node] = (mark.site, mark.module)
 
     def visited(self, numbers: frozenset[int] | set[int]) -> Iterator[Fault]:
         """The faults of a loss whose graph visits these nodes: the same tensor goes on by another path."""
@@ -105,3 +136,27 @@ class PathCutByData(CallCheck):
                     names=(module,) if module else (),
                 )
         self._found.clear()
+        yield from self._cut_scores(numbers)
+
+    def _cut_scores(self, numbers: frozenset[int] | set[int]) -> Iterator[Fault]:
+        for node in [n for n in self._weighed if n in numbers]:
+            mark = self._weighed.pop(node)
+            place = at(mark.site, f"module `{mark.module}`")
+            if mark.node is not None and mark.node not in numbers and place not in self._told:
+                self._told.add(place)
+                yield self.fault(
+                    "the softmax of `scores.data` weighs values that are differentiated, and the scores themselves "
+                    "reach the loss in no other way",
+                    where=place + (f"; module `{mark.module}`" if mark.module else ""),
+                    why="`.data` returns the value without its history: queries and keys do not learn, while the "
+                    "parameters that they share with the values have a gradient",
+                    fix="drop `.data`; where the weights are meant to be constant, write `.detach()`, which says so",
+                    names=(mark.module,) if mark.module else (),
+                )
+        if len(self._weighed) > _KEPT:
+            self._weighed.clear()
+
+
+def _covers(others: list[int], bits: int) -> bool:
+    """Whether all parameters behind the scores have a path through the values: else, those without one are told."""
+    return any(live and not bits & ~live for live in others)

@@ -75,7 +75,7 @@ class SampleWithoutGradient(CallCheck):
         bits = live[0] | live[-1]
         if call.name == "normal":
             tape.mark(call.out, Mark(SAMPLED, call.name, "", call.site, tape.module, bits))
-        elif _is_in_log_prob(call) or _is_of_its_own_mean(call):
+        elif is_in_log_prob(call) or _is_of_its_own_mean(call):
             tape.mark(call.out, Mark(SCORED, call.name, "", call.site, tape.module, bits))
         return iter(())
 
@@ -99,7 +99,7 @@ class SampleWithoutGradient(CallCheck):
                 )
 
 
-def _is_in_log_prob(call: Call) -> bool:
+def is_in_log_prob(call: Call) -> bool:
     """Whether a log-probability of torch.distributions computes the difference."""
     code = None if call.caller is None else call.caller.f_code
     return code is not None and code.co_name == "log_prob" and code.co_filename.startswith(_DISTRIBUTIONS)

@@ -15,7 +15,7 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
-_ADDS = frozenset(("add", "__add__", "__radd__", "add_", "__iadd__"))
+ADDS = frozenset(("add", "__add__", "__radd__", "add_", "__iadd__"))
 _DETACHES = frozenset(("detach", ".data"))
 _COMPARES = frozenset(("gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__"))
 _CHOICES = frozenset(("argmax", "argmin"))
@@ -72,7 +72,7 @@ class ConstantPartOfLoss(CallCheck):
 
     code = "SL450"
     title = "constant part of the loss"
-    hears = _ADDS | _DETACHES | _COMPARES | _NOISE | {"rand"}
+    hears = ADDS | _DETACHES | _COMPARES | _NOISE | {"rand"}
 
     def __init__(self) -> None:
         self._activations: set[int] = set()
@@ -90,7 +90,7 @@ class ConstantPartOfLoss(CallCheck):
             node = call.tensors[0].grad_fn if call.tensors and call.tensors[0].dim() else None
             if node is not None:
                 self._activations.add(node._sequence_nr())
-        elif call.name not in _ADDS:
+        elif call.name not in ADDS:
             self._follow_samples(call)
         elif isinstance(out, Tensor) and not out.dim() and out.grad_fn is not None:
             for tensor in call.tensors:
