@@ -100,7 +100,7 @@ class PartCountedTwice(CallCheck):
     def summed(self, roots: Iterable[Tensor]) -> Iterator[Fault]:
         """The faults of losses that are about to be differentiated."""
         for root in roots:
-            found = _twice(root.grad_fn)
+            found = None if root.grad_fn is None else _twice(root.grad_fn)
             if found is None:
                 continue
             total, parts = found
@@ -153,7 +153,7 @@ def _addends(root: Any) -> Iterator[_Addend]:
 
 def _summed(node: Any) -> list[Any] | None:
     """The scalars that a node adds up; None where it is no sum of scalars."""
-    if node is None or not _is_scalar(node):
+    if not _is_scalar(node):
         return None
     ways = [way for way, _ in node.next_functions if way is not None]
     if node.name() == "AddBackward0" and node._saved_alpha == 1 and ways and all(map(_is_scalar, ways)):

@@ -83,7 +83,8 @@ class PenaltyWithoutGraph(CallCheck):
         if call.name in _REDUCE:
             yield from self._reduced(call)
             return
-        if len(call.tensors) < 2 or not any(t.requires_grad for t in call.tensors):
+        # without grad mode nothing becomes part of a loss: what an optimizer does with gradients
+        if len(call.tensors) < 2 or not call.grad_mode or not any(t.requires_grad for t in call.tensors):
             return
         for tensor in call.tensors:
             marks = {m.kind: m for m in reversed(list(call.tape.marks_of(tensor)))}
