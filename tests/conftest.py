@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,12 @@ if programs not in os.environ["PATH"].split(os.pathsep):  # as in an environment
 
 Program = tuple[nn.Module, Callable[[int], Any]]
 """A model, and a function of the iteration that computes its loss, or its loss terms by name."""
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: out of the collector's sight, where each audit looks for what is alive."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
