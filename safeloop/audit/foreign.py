@@ -6,7 +6,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from safeloop.audit.births import ForwardBirths
 from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
-from safeloop.audit.journal import Journal
+from safeloop.audit.journal import Journal, named_by_place
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
 from safeloop.audit.masks import MaskWatch
 from safeloop.audit.means import count_means
@@ -81,7 +80,7 @@ class LoopWatch:
         self._model = model
         self._handle = handle
         self._optimizers = optimizers
-        self.journal = Journal(_named(model, optimizers), optimizers, self._tell)
+        self.journal = Journal(named_by_place(model, optimizers), optimizers, self._tell)
         self._parameters, self._names = self.journal.parameters, self.journal.names
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
@@ -287,16 +286,3 @@ class LoopWatch:
         holders = [*holders_of_frames(frame), *holders_of_modules(self._model), *globals_of_frames(frame)]
         faults = list(self._lifetimes.kept(holders))
         self._handle([*faults, *self._aliases.kept(holders_of_frames(frame, unless="save"))])
-
-
-def _named(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, nn.Parameter]:
-    """The parameters of the model by name, and what else the optimizers hold by its place there."""
-    named: dict[str, Any] = dict(model.named_parameters())
-    known = {id(p) for p in named.values()}
-    for owner, optimizer in optimizers.items():
-        for g, group in enumerate(optimizer.param_groups):
-            for i, tensor in enumerate(group["params"]):
-                if id(tensor) not in known:
-                    known.add(id(tensor))
-                    named[f"{owner}[{g}][{i}]"] = tensor
-    return named

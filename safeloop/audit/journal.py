@@ -172,3 +172,16 @@ def is_zero(gradient: Tensor) -> bool:
     """Whether every entry is zero; reads the device."""
     values = gradient._values() if gradient.is_sparse else gradient
     return not bool(values.detach().any())
+
+
+def named_by_place(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, nn.Parameter]:
+    """The parameters of the model by name, and what else the optimizers hold by its place there."""
+    named: dict[str, Any] = dict(model.named_parameters())
+    known = {id(p) for p in named.values()}
+    for owner, optimizer in optimizers.items():
+        for g, group in enumerate(optimizer.param_groups):
+            for i, tensor in enumerate(group["params"]):
+                if id(tensor) not in known:
+                    known.add(id(tensor))
+                    named[f"{owner}[{g}][{i}]"] = tensor
+    return named

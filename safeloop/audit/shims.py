@@ -41,9 +41,11 @@ class OptimizerHooks:
             if hooked is None:
                 continue
 
-            def pre(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
+            is_own = not _is_torchs(hooked)
+
+            def pre(opt: Optimizer, args: Any, kwargs: Any, owner: str = name, may_nest: bool = is_own) -> None:
                 try:
-                    if is_inner_step(opt):
+                    if may_nest and is_inner_step(opt):
                         return
                     has_closure = (len(args) > 1 or bool(kwargs)) and _has_closure(args, kwargs)
                     before(owner, opt, has_closure)
@@ -52,9 +54,9 @@ class OptimizerHooks:
                 except Exception as error:
                     broken.append(error)
 
-            def post(opt: Optimizer, args: Any, kwargs: Any, owner: str = name) -> None:
+            def post(opt: Optimizer, args: Any, kwargs: Any, owner: str = name, may_nest: bool = is_own) -> None:
                 try:
-                    if is_inner_step(opt):
+                    if may_nest and is_inner_step(opt):
                         return
                     after(owner, opt)
                 except FaultError:
@@ -72,8 +74,7 @@ class OptimizerHooks:
         """Whether between our two hooks nothing runs but a step of PyTorch's own."""
         pre = next(reversed(optimizer._optimizer_step_pre_hooks), None)
         post = next(iter(optimizer._optimizer_step_post_hooks), None)
-        is_known = str(type(optimizer).step.__module__).startswith("torch.optim.")
-        return is_known and pre in self._ours and post in self._ours
+        return _is_torchs(optimizer) and pre in self._ours and post in self._ours
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -82,9 +83,14 @@ class OptimizerHooks:
         self._handles.clear()
 
 
+def _is_torchs(optimizer: Optimizer) -> bool:
+    """Whether the step is written by PyTorch, not by a class of the user's."""
+    return str(type(optimizer).step.__module__).startswith("torch.optim.")
+
+
 def is_inner_step(optimizer: Optimizer) -> bool:
     """Whether the step that runs is one of `super().step()`: its hooks are called a second time."""
-    if str(type(optimizer).step.__module__).startswith("torch.optim."):
+    if _is_torchs(optimizer):
         return False
     running = 0
     frame: FrameType | None = sys._getframe(1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import safeloop as sl
 from safeloop.audit.budget import FIRST_STEPS
@@ -202,3 +202,64 @@ def test_an_iteration_that_nothing_is_due_in_is_only_counted() -> None:
     later = [step for step in over if step >= 2 * GLANCE]
     changed = 4 * GLANCE + 3
     assert later == [3 * GLANCE - 1, 4 * GLANCE - 1, changed, changed + 1, 5 * GLANCE - 1, 6 * GLANCE - 1]
+
+
+@pytest.mark.parametrize(("rests", "found"), [(8, []), (STEPS, ["SL647"])], ids=["comes back", "stays"])
+def test_a_cosine_that_rests_at_zero(rests: int, found: list[str]) -> None:
+    """The rate of a cosine is zero for one epoch of eight steps; then another schedule takes over, or none does."""
+
+    def happens(step: int, model: nn.Module, optimizer: SGD, kept: dict[str, Any]) -> None:
+        cosine = kept.setdefault("cosine", CosineAnnealingLR(optimizer, 3))
+        if step and step % 8 == 0 and step <= 24:
+            cosine.step()
+        if step == 24 + rests:
+            optimizer.param_groups[0]["lr"] = 0.03
+
+    assert codes(happens) == found
+
+
+@pytest.mark.parametrize("is_restored", [True, False])
+def test_grad_mode_that_is_left_off_between_two_glances(is_restored: bool) -> None:
+    model, kept = net(), 0
+    optimizer = SGD(model.parameters(), lr=0.05)
+    with sl.audit(model=model, optimizers=optimizer, budget=0.0, on_fault="collect") as audit:
+        for step in range(STEPS):
+            loss = loss_of(model)
+            if loss.requires_grad:
+                kept += 1
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if step == BEGINS + 1 and not is_restored:
+                torch.set_grad_enabled(False)
+            if step == BEGINS + 4:
+                torch.set_grad_enabled(True)
+            audit.step()
+    assert kept == STEPS - (0 if is_restored else 3)
+    assert [fault.code for fault in audit.faults] == ([] if is_restored else ["SL707"])
+
+
+@pytest.mark.parametrize(("picks_first", "found"), [(True, ["SL503"]), (False, [])])
+def test_a_router_whose_softmax_runs_over_the_best_one_alone(picks_first: bool, found: list[str]) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Linear(4, 3), nn.Linear(4, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.router(x)
+            best, place = (scores if picks_first else scores.softmax(-1)).topk(1, -1)
+            gate = best.softmax(-1) if picks_first else best
+            choices = self.experts(x).view(-1, 3, 3)
+            return gate * choices.gather(1, place[..., None].expand(-1, 1, 3)).squeeze(1)
+
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(FIRST_STEPS):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            audit.step()
+    assert [fault.code for fault in audit.faults] == found

@@ -155,6 +155,11 @@ def no_token(model: nn.Module, x: Tensor, step: int) -> Tensor:
     return (model(x).square().sum(-1) * kept).sum() / kept.sum()
 
 
+def inverse(model: nn.Module, x: Tensor, step: int) -> Tensor:
+    spread = model(x).square().sum(-1) * float(step != 4)
+    return (1 / spread).clamp(max=1e6).mean()
+
+
 def angle(model: nn.Module, x: Tensor, step: int) -> Tensor:
     cosine = F.cosine_similarity(model(x), torch.ones(5, 3), dim=-1)
     return torch.acos(cosine if step != 4 else cosine / cosine.detach()).mean()
@@ -166,6 +171,7 @@ def angle(model: nn.Module, x: Tensor, step: int) -> Tensor:
         (root, ".sqrt().mean()"),
         (empty_bag, ".softmax(-1)"),
         (no_token, "/ kept.sum()"),
+        (inverse, "(1 / spread)"),
         (angle, "torch.acos("),
         (log_of_zero, "torch.log(p)"),
     ],

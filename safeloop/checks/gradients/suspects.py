@@ -58,9 +58,9 @@ def _masked(call: Call) -> float:
     return float((~hidden).float().mean(dim=dim if isinstance(dim, int) else -1).min())
 
 
-_DIVISIONS = ("div", "div_", "__truediv__", "__rtruediv__", "__itruediv__", "true_divide", "divide")
+_DIVISIONS = ("div", "div_", "__idiv__", "true_divide", "divide")
 _MARGINS: dict[str, Callable[[Call], float]] = {
-    **dict.fromkeys(("sqrt", "rsqrt", "log", "log2", "log10", "reciprocal", "atan2"), _first),
+    **dict.fromkeys(("sqrt", "rsqrt", "log", "log2", "log10", "reciprocal", "__rdiv__", "atan2"), _first),
     **dict.fromkeys(_DIVISIONS, _divisor),
     **dict.fromkeys(("pow", "__pow__", "float_power"), _power),
     **dict.fromkeys(("norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "std", "cdist"), _result),
