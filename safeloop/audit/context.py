@@ -22,7 +22,7 @@ from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.shims import hookable, is_inner_step
 from safeloop.audit.stray import StrayOptimizers
 from safeloop.audit.stretch import tell_broken
-from safeloop.audit.updates import GLANCE
+from safeloop.audit.updates import glance_gap
 from safeloop.checks.setup.optimizers import NothingToTrain
 from safeloop.checks.stages import loop_setup_faults
 from safeloop.checks.views import SetupView
@@ -167,7 +167,8 @@ class Audit:
         else:
             if watch.is_deep:
                 watch.surface()
-            self._quiet = GLANCE - 1 - self._step % GLANCE
+            gap = glance_gap(self._step)
+            self._quiet = gap - 1 - self._step % gap
         self._started = self._step, time.perf_counter()
 
     def _ask(self) -> None:

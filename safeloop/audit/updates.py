@@ -21,8 +21,13 @@ REPEATS = 10
 """Equal updates that are told on plain iterations; no check needs more of them."""
 GLANCE = 16
 """Of further plain iterations, one in so many is compared in every respect: what is wrong then mostly stays so."""
-EVERY = 128
-"""Of further ones, one in so many is told, for what no signature shows."""
+LONG = 512
+"""Iterations after which a run is a long one"""
+LONG_GLANCE = 64
+"""`GLANCE` of a long run, which can wait a little longer"""
+GLANCES = 8
+"""Of further updates that are compared, one in so many is told, for what no signature shows."""
+EVERY = GLANCE * GLANCES
 MOST = 100
 """Structures that are remembered, and changes from one to another that are told; a loop with more of them changes by
 design, as one that drops layers at random"""
@@ -31,6 +36,11 @@ _SMALL = 4096
 _FIRST = 8
 _TINY = 1e-10
 """a learning rate below which nothing moves"""
+
+
+def glance_gap(iteration: int) -> int:
+    """Of plain iterations around this one, one in so many is more than counted."""
+    return GLANCE if iteration < LONG else LONG_GLANCE
 
 
 class _Usual:
@@ -84,11 +94,11 @@ class Updates:
                 structure = 0  # all further ones together
         self._times[structure] += 1
         times = self._times[structure] - REPEATS
-        self._usual[owner] = _Usual(absent, GLANCE - 1 if times > 0 else 0)
+        self._usual[owner] = _Usual(absent, glance_gap(self._journal.iteration) - 1 if times > 0 else 0)
         if owner in self._was_skipped or self._is_change(owner, structure):
             self._was_skipped.discard(owner)
             return True
-        return times <= 0 or not times % (EVERY // GLANCE) or self._is_bad(owner, optimizer)
+        return times <= 0 or not times % GLANCES or self._is_bad(owner, optimizer)
 
     def _is_change(self, owner: str, structure: int) -> bool:
         """Whether it is another structure than the last one; where it changes all the time, the first times."""

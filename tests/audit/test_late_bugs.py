@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import safeloop as sl
+from safeloop.audit import updates as watched_updates
 from safeloop.audit.budget import FIRST_STEPS
-from safeloop.audit.updates import GLANCE, MOST
+from safeloop.audit.updates import GLANCE, LONG_GLANCE, MOST
 
 BEGINS, STEPS = 60, 90
 
@@ -202,6 +204,30 @@ def test_an_iteration_that_nothing_is_due_in_is_only_counted() -> None:
     later = [step for step in over if step >= 2 * GLANCE]
     changed = 4 * GLANCE + 3
     assert later == [3 * GLANCE - 1, 4 * GLANCE - 1, changed, changed + 1, 5 * GLANCE - 1, 6 * GLANCE - 1]
+
+
+def test_in_a_long_run_glances_are_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first iterations one of 64 is more than counted, at the end of iterations and at updates alike."""
+    monkeypatch.setattr(watched_updates, "LONG", 2 * GLANCE)
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, budget=0.0, on_fault="collect") as audit:
+        watch = audit._watch
+        assert watch is not None
+        over, compared = [], []
+        iterate, is_news = watch.iterate, watch._updates._is_news
+        watch.iterate = lambda: (over.append(audit._step), iterate())[1]  # type: ignore[method-assign]
+        watch._updates._is_news = lambda *args: (compared.append(audit._step), is_news(*args))[1]  # type: ignore[method-assign]
+        for _ in range(4 * LONG_GLANCE):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            audit.step()
+    ends = [GLANCE * 2 - 1, *(LONG_GLANCE * n - 1 for n in range(1, 5))]
+    assert [step for step in over if step >= 20] == ends
+    gaps = [b - a for a, b in pairwise(step for step in compared if step >= 40)]
+    assert len(gaps) >= 3
+    assert set(gaps) == {LONG_GLANCE}
 
 
 @pytest.mark.parametrize(("rests", "found"), [(8, []), (STEPS, ["SL647"])], ids=["comes back", "stays"])
