@@ -7,42 +7,34 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 from safeloop.audit.budget import Budget
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.observer import StepAudit
 from safeloop.audit.replay import TurnReplayer
-from safeloop.checks.config.values import ArgumentsRefused
-from safeloop.checks.setup.keys import GroupKeyIgnored
-from safeloop.checks.setup.rates import GroupRateZero, LearningRatesFarApart
-from safeloop.checks.stages import setup_faults
 from safeloop.checks.update.closure import TokensWithoutCount
-from safeloop.checks.views import Ownership, SetupView
+from safeloop.checks.views import Ownership
 from safeloop.data.move import Mover
 from safeloop.drafting import draft_plan, exact_every, first_weights
 from safeloop.evaluation import preserved
-from safeloop.faults import Fault
-from safeloop.ingredients import Ingredients, PhaseMethod
+from safeloop.ingredients import Ingredients
 from safeloop.optim.averaging import Average
-from safeloop.optim.owner import Owner, build_owner, ready_owner
-from safeloop.optim.ownership import owned_by_identity, owned_by_patterns
+from safeloop.optim.owner import Owner
+from safeloop.owning import own
 from safeloop.penalties.base import LazyWeight
 from safeloop.plan import StepPlan
 from safeloop.refusals import closure_faults, refuse_balance, refuse_epochs, untrained, watched_modules
-from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader, TermRules
+from safeloop.step import DeferredGate, ImmediateGate, Parts, Precision, Program, TermReader
 from safeloop.step.attendance import Attendance
 from safeloop.step.bind import equal_shares
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.custom import custom_plan
-from safeloop.step.penalties import PenaltyRules
 from safeloop.step.watch import Watch
 from safeloop.stream import EpochsSince, Stream
-from safeloop.weights import WeightRamp
+from safeloop.term_rules import term_readers
 
 if TYPE_CHECKING:
-    from safeloop.config import Loaded
     from safeloop.config.run import RunConfig
 
 
@@ -88,104 +80,94 @@ def assemble(given: Ingredients, device: torch.device, ledger: FaultLedger, afte
     """
     config, model = given.config, given.model
     stream = after.stream if after else Stream(given.data, Mover(device), given.count, config.run.max_epochs)
-    epochs = EpochsSince(stream)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         probe(given, stream)
-    ownership = _ownership(given)
-    ledger.add(_located(fault, given.loaded) for fault in setup_faults(SetupView(model, ownership)))
-    for name, parameter in model.named_parameters():
-        if name in ownership.frozen:
-            parameter.requires_grad_(False)
-    owners = _owners(given, ownership)
-    optimizers = {name: owner.optimizer for name, owner in owners.items()}
-    for check in (LearningRatesFarApart, GroupRateZero, GroupKeyIgnored):
-        ledger.add(check.find(SetupView(model, ownership, optimizers)))
-    ledger.add(untrained(given.phases, list(owners)))
-    refuse_epochs(given, owners)
-    ledger.add(closure_faults(given, owners))
-    refuse_balance(given)
-    if config.accumulate.weight_by == "tokens" and given.count_tokens is None:
-        raise given.loaded.error(
-            TokensWithoutCount,
-            "accumulate.weight_by",
-            "`accumulate.weight_by` is `tokens`, and the Trainer has no `count_tokens`",
-            fix="override `count_tokens(self, batch)`, or set `accumulate.weight_by: samples`",
-        )
+    ownership, owners = own(given, ledger)
+    _refuse(given, owners, ledger)
     watch_modules = watched_modules(given)
     precision = after.precision if after else Precision(config.run.precision, device)
     gate = _gate(config, owners, device, precision)
     plan = draft_plan(given, owners, ownership, gate, precision)
     if given.custom is not None:
         plan = custom_plan(plan, tuple(owners))
-    average = after.average if after else None if config.average is None else Average(config.average, model)
     weights = after.weights if after else _first_weights(config)
-    seen: set[str] = set()
-    readers = {
-        phase.name: TermReader(_rules(given, phase, owners, weights, _penalties(given, phase, owners, precision, seen)))
-        for phase in given.phases
-    }
-    permitted = [name for name, section in config.losses.items() if section.may_be_constant]
-    budget = Budget(config.audit.level, config.audit.budget)
-    observer = StepAudit(
-        budget,
-        ledger,
-        model,
-        ownership,
-        given.holders,
-        permitted,
-        optimizers=optimizers,
-        are_separate=config.simultaneous,
-    )
-    losses = {phase.name: phase.losses for phase in given.phases}
-    attendance = _attendance(given)
-    keeper = BufferKeeper(model, depth=2 if gate.is_deferred else 1)
-    replayer = None
-    if config.audit.level != "off" and given.custom is None:
-        replayer = TurnReplayer(model, is_scaled=precision.scale is not None)
-    watch = Watch(watch_modules, precision.scale)
     parts = Parts(
-        model,
-        losses,
-        readers,
-        owners,
-        gate,
-        observer,
-        precision,
-        "loss_at_cut" in config.log.grad_norms,
-        shares_by(given),
-        average,
-        epochs,
+        model=model,
+        losses={phase.name: phase.losses for phase in given.phases},
+        readers=term_readers(given, owners, precision, weights),
+        owners=owners,
+        gate=gate,
+        observer=(audit := _audit(given, ownership, owners, ledger)),
+        precision=precision,
+        measures_cut="loss_at_cut" in config.log.grad_norms,
+        shares=shares_by(given),
+        average=after.average if after else None if config.average is None else Average(config.average, model),
+        epochs_over=(epochs := EpochsSince(stream)),
         exact_every=exact_every(config),
-        keeper=keeper,
-        attendance=attendance,
-        watch=watch,
+        keeper=BufferKeeper(model, depth=2 if gate.is_deferred else 1),
+        attendance=(attendance := _attendance(given)),
+        watch=(watch := Watch(watch_modules, precision.scale)),
         balance=config.balance,
         has_declared_phases=all(phase.trains is not None for phase in given.phases),
         custom=given.custom,
         combine=config.combine,
         seed=config.run.seed,
-        replayer=replayer,
+        replayer=(replayer := _replayer(given, precision)),
     )
-    program = Program(plan, parts)
     return Assembly(
         device,
         stream,
         owners,
         ownership,
         plan,
-        program,
+        Program(plan, parts),
         gate,
-        readers,
+        parts.readers,
         precision,
-        keeper,
+        parts.keeper,
         weights,
-        observer,
+        audit,
         attendance,
         epochs,
         watch,
         replayer,
-        average,
+        parts.average,
     )
+
+
+def _refuse(given: Ingredients, owners: Mapping[str, Owner], ledger: FaultLedger) -> None:
+    """What cannot be trained so is refused before anything is bound."""
+    ledger.add(untrained(given.phases, list(owners)))
+    refuse_epochs(given, owners)
+    ledger.add(closure_faults(given, owners))
+    refuse_balance(given)
+    if given.config.accumulate.weight_by == "tokens" and given.count_tokens is None:
+        raise given.loaded.error(
+            TokensWithoutCount,
+            "accumulate.weight_by",
+            "`accumulate.weight_by` is `tokens`, and the Trainer has no `count_tokens`",
+            fix="override `count_tokens(self, batch)`, or set `accumulate.weight_by: samples`",
+        )
+
+
+def _audit(given: Ingredients, ownership: Ownership, owners: Mapping[str, Owner], ledger: FaultLedger) -> StepAudit:
+    config = given.config
+    return StepAudit(
+        Budget(config.audit.level, config.audit.budget),
+        ledger,
+        given.model,
+        ownership,
+        given.holders,
+        permitted=[name for name, section in config.losses.items() if section.may_be_constant],
+        optimizers={name: owner.optimizer for name, owner in owners.items()},
+        are_separate=config.simultaneous,
+    )
+
+
+def _replayer(given: Ingredients, precision: Precision) -> TurnReplayer | None:
+    if given.config.audit.level == "off" or given.custom is not None:
+        return None
+    return TurnReplayer(given.model, is_scaled=precision.scale is not None)
 
 
 def _first_weights(config: RunConfig) -> dict[str, float]:
@@ -240,40 +222,6 @@ def shares_by(given: Ingredients) -> Callable[[Sequence[Any]], list[float]]:
     return shares
 
 
-def _ownership(given: Ingredients) -> Ownership:
-    if given.optimizers is not None:
-        return owned_by_identity(given.model, given.optimizers, given.config.frozen)
-    specs = given.config.optimizers or {}
-    exempt = {f"optimizers.{name}.agc.except": spec.agc.exempt for name, spec in specs.items() if spec.agc}
-    patterns = {name: spec.params for name, spec in specs.items()}
-    return owned_by_patterns(given.model, patterns, given.config.frozen, further=exempt)
-
-
-def _located(fault: Fault, loaded: Loaded) -> Fault:
-    """The fault with file, line and column, where it is about a value of the config."""
-    path = fault.where.strip("`")
-    place = loaded.where(path)
-    return replace(fault, where=f"{place} ({loaded.whole(path)})") if place else fault
-
-
-def _owners(given: Ingredients, ownership: Ownership) -> dict[str, Owner]:
-    if given.optimizers is not None:
-        return {name: ready_owner(name, optimizer, given.model) for name, optimizer in given.optimizers.items()}
-    parameters = dict(given.model.named_parameters())
-    owners = {}
-    for name, spec in (given.config.optimizers or {}).items():
-        owned = {full: parameters[full] for full, owner in ownership.owner_of.items() if owner == name}
-        try:
-            owners[name] = build_owner(name, spec, owned, given.model, given.loaded.allow)
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ArgumentsRefused.error(
-                f"torch refuses `optimizers.{name}`: {error}",
-                where=given.loaded.where(f"optimizers.{name}"),
-                fix=f"change the arguments of `optimizers.{name}` ({spec.label})",
-            ) from error
-    return owners
-
-
 def _gate(
     config: RunConfig, owners: Mapping[str, Owner], device: torch.device, precision: Precision
 ) -> ImmediateGate | DeferredGate:
@@ -294,49 +242,4 @@ def _attendance(given: Ingredients) -> Attendance:
         list(losses),
         frozenset(name for name, section in losses.items() if section.may_be_constant),
         {name: section.every for name, section in losses.items() if section.every > 1},
-    )
-
-
-def _trained(phase: PhaseMethod, owners: Mapping[str, Owner]) -> dict[str, nn.Parameter]:
-    trained = owners.values() if phase.trains is None else [owners[name] for name in phase.trains]
-    return {name: parameter for owner in trained for name, parameter in owner.parameters.items()}
-
-
-def _penalties(
-    given: Ingredients, phase: PhaseMethod, owners: Mapping[str, Owner], precision: Precision, seen: set[str]
-) -> PenaltyRules:
-    return PenaltyRules(
-        given.config.penalties,
-        tuple(_trained(phase, owners).values()),
-        given.model,
-        precision.scale,
-        seen,
-        is_last=phase is given.phases[-1],
-    )
-
-
-def _rules(
-    given: Ingredients,
-    phase: PhaseMethod,
-    owners: Mapping[str, Owner],
-    weights: dict[str, float],
-    penalties: PenaltyRules,
-) -> TermRules:
-    """The rules for the terms of one phase; only a single phase can tell that a declared term is missing."""
-    losses, config = given.config.losses, given.config
-    owned = _trained(phase, owners)
-    ramps = {name: section.weight for name, section in losses.items() if isinstance(section.weight, WeightRamp)}
-    lazy = {name: LazyWeight(one) for name, one in config.penalties.items() if isinstance(one.weight, WeightRamp)}
-    sections: dict[str, Any] = {**losses, **config.penalties}
-    return TermRules(
-        parameters={**dict(given.model.named_parameters()), **owned},
-        owned=frozenset(owned),
-        source=phase.source,
-        weights=weights,
-        declared=tuple(losses) if len(given.phases) == 1 else tuple(phase.terms),
-        constants_allowed=frozenset(name for name, section in losses.items() if section.may_be_constant),
-        trains={} if config.simultaneous else {n: s.trains for n, s in sections.items() if s.trains is not None},
-        every={name: section.every for name, section in losses.items() if section.every > 1},
-        schedules={**ramps, **lazy},
-        penalties=penalties,
     )
