@@ -83,6 +83,8 @@ class Lineage:
         self._first_uses: list[tuple[int, Site]] = []
         self._read = 0
         """the marks of all values that some call has used, as bits"""
+        self._inputs: list[Any] = []
+        """of each pass, its first tensor or what that is a view of"""
         self._running: list[nn.Module] = []
 
     def begin(self) -> None:
@@ -92,6 +94,7 @@ class Lineage:
         self._states.clear()
         self.used = self._read = 0
         self._first_uses.clear()
+        self._inputs.clear()
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         self.names = tuple(name for name, _ in named)
         self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
@@ -115,6 +118,17 @@ class Lineage:
     def running(self) -> nn.Module | None:
         """The innermost module that is running."""
         return self._running[-1] if self._running else None
+
+    @property
+    def num_passes(self) -> int:
+        """How many calls of a module there were, not counting those inside of another module's."""
+        return len(self._inputs)
+
+    def passes_like(self, number: int) -> list[int]:
+        """The other passes, counted from 1, that were called with the same first tensor, or another view of it."""
+        given = self._inputs[number - 1]()
+        same = [i for i, other in enumerate(self._inputs, 1) if given is not None and other() is given]
+        return [i for i in same if i != number]
 
     def live(self, tensor: Tensor) -> int:
         """The parameters that a tensor has a gradient path to, as bits."""
@@ -242,6 +256,8 @@ class Lineage:
         return state
 
     def _entered(self, module: nn.Module, args: Any) -> None:
+        if not self._running:
+            self._inputs.append(_reference(next(tensors_of(args, 2), None)))
         self._running.append(module)
 
     def _left(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -261,6 +277,15 @@ def _in_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _reference(tensor: Tensor | None) -> Any:
+    """A weak reference to a tensor, or to what it is a view of."""
+    if tensor is None:
+        return lambda: None
+    with torch._C.DisableTorchFunction():
+        base = tensor._base
+    return weakref.ref(tensor if base is None else base)
 
 
 def _node_of(tensor: Tensor) -> Any:

@@ -187,6 +187,7 @@ FILES: dict[str, str] = {
     "SL706": "evaluation/statistics.py",  # FrozenStatistics (warning)
     "SL707": "evaluation/modes.py",  # GradModeLeftOff
     "SL708": "evaluation/trained.py",  # TrainedInEvaluation
+    "SL709": "evaluation/forgotten.py",  # EvaluatedInTrainMode (warning)
     "SL720": "evaluation/aliases.py",  # KeptStateIsLive (warning)
     "SL721": "evaluation/statistics.py",  # StatisticsLeftBehind (warning)
     "SL722": "evaluation/modes.py",  # GradModeChangedInMetrics (warning)

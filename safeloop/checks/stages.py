@@ -10,6 +10,7 @@ from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.data.changed import DataChangedInPlace
 from safeloop.checks.evaluation.buffers import BufferMovesInEvaluation
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
+from safeloop.checks.evaluation.forgotten import EvaluatedInTrainMode
 from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
 from safeloop.checks.evaluation.modes import GradModeLeftOff
 from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation, StatisticsLeftBehind
@@ -190,6 +191,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         AverageGoesBackwards(model),
         ThawedWithTheRest(model),
         BufferMovesInEvaluation(model),
+        EvaluatedInTrainMode(model),
     ]
 
 

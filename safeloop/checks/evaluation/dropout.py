@@ -13,6 +13,14 @@ from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
 from safeloop.faults import Fault
 
+DROPOUTS = frozenset(
+    (
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+        "scaled_dot_product_attention",
+    )
+)
+"""Functions that drop values at random."""
+
 
 class DropoutInEvaluation(CallCheck):
     """Functional dropout is active in eval mode.
@@ -79,12 +87,7 @@ class DropoutInEvaluation(CallCheck):
     code = "SL704"
     title = "dropout active in evaluation"
     severity = "warning"
-    hears = frozenset(
-        (
-            *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
-            "scaled_dot_product_attention",
-        )
-    )
+    hears = DROPOUTS
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -94,7 +97,7 @@ class DropoutInEvaluation(CallCheck):
         module = call.tape.running
         if module is None or module.training or (not call.is_direct and call.name != "scaled_dot_product_attention"):
             return
-        if not _drops(call) or _is_said(call):
+        if not drops(call) or _is_said(call):
             return
         place = at(call.site, f"forward of `{call.tape.module}`")
         if place in self._told:
@@ -113,7 +116,8 @@ class DropoutInEvaluation(CallCheck):
         )
 
 
-def _drops(call: Call) -> bool:
+def drops(call: Call) -> bool:
+    """Whether a call of one of `DROPOUTS` drops anything."""
     if call.name == "scaled_dot_product_attention":
         p = call.kwargs.get("dropout_p", call.args[4] if len(call.args) > 4 else 0.0)
         return bool(p) and not isinstance(call.tape.running, nn.MultiheadAttention)
