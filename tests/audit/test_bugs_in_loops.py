@@ -141,6 +141,21 @@ def accumulation_zeroed_with_none(watch: Any) -> None:
 
 
 @bug("SL631")
+def trunk_zeroed_between_the_losses_of_two_heads(watch: Any) -> None:
+    trunk, heads = nn.Linear(4, 6), nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+    trunk_optimizer, heads_optimizer = SGD(trunk.parameters(), lr=0.01), SGD(heads.parameters(), lr=0.01)
+    with watch({"trunk": trunk, "heads": heads}, {"trunk": trunk_optimizer, "heads": heads_optimizer}) as audit:
+        for _ in range(8):
+            heads_optimizer.zero_grad()
+            for head in heads:
+                trunk_optimizer.zero_grad()
+                F.cross_entropy(head(trunk(torch.randn(8, 4)).relu()), torch.randint(0, 3, (8,))).backward()
+            trunk_optimizer.step()
+            heads_optimizer.step()
+            audit.step()
+
+
+@bug("SL631")
 def auxiliary_loss_zeroed(watch: Any) -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.01)

@@ -400,3 +400,22 @@ def an_optimizer_whose_step_calls_that_of_its_base(watch: Any) -> None:
             loss_of(model).backward()
             optimizer.step()
     assert audit._step == 8
+
+
+@sound
+def a_critic_cleared_of_what_the_policy_loss_left(watch: Any) -> None:
+    policy, critic = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)), nn.Bilinear(5, 2, 1)
+    policy_optimizer, critic_optimizer = Adam(policy.parameters(), lr=1e-3), Adam(critic.parameters(), lr=1e-3)
+    optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}
+    with watch({"policy": policy, "critic": critic}, optimizers) as audit:
+        for _ in range(12):
+            state, action = torch.randn(16, 5), torch.randn(16, 2)
+            policy_loss = -critic(state, policy(state)).mean()
+            critic_loss = F.mse_loss(critic(state, action), state[:, :1])
+            policy_optimizer.zero_grad()
+            policy_loss.backward()
+            critic_optimizer.zero_grad()
+            critic_loss.backward()
+            critic_optimizer.step()
+            policy_optimizer.step()
+            audit.step()

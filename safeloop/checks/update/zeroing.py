@@ -91,7 +91,8 @@ class GradientsDiscarded(EventCheck):
     ## What it does
     Looks, whenever gradients are zeroed, for backward passes in them that nobody has made use of: no step, no line that
     reads or writes `.grad`, no hook, no gradient of an input. Speaks at the third time on the same line, if that line
-    throws gradients away at least as often as the optimizer steps. A loop that drops a bad batch now and then is well.
+    throws gradients away at least as often as the optimizer steps. A loop that drops a bad batch now and then is well,
+    and so is one that clears what a pass for another optimizer has left: the next pass then reaches nothing else.
 
     ## Why it is bad
     What backward() adds to `.grad` counts only if a step follows before it is zeroed. Of several losses, or of the
@@ -138,17 +139,27 @@ class GradientsDiscarded(EventCheck):
         self._told: set[str] = set()
         self._pending: tuple[frozenset[str], Fault] | None = None
         self._windows: dict[str, list[Backward]] = {}
+        self._doubt: tuple[Zero, dict[str, list[Backward]]] | None = None
+        """gradients that may have been left by a pass for another optimizer"""
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the third time that zeroing throws away gradients which nobody has stepped on or read."""
         if isinstance(event, Update):
             self._windows[event.owner] = window_of(event.owner, state)
             yield from self._settle(event, state)
+        if isinstance(event, (Backward, Update)) and self._doubt is not None:
+            (zero, lost), self._doubt = self._doubt, None
+            if isinstance(event, Backward) and event.reached & state.owner_of.keys() - zero.parameters:
+                self._count(zero, lost, state)
         if not isinstance(event, Zero) or state.inside or not state.is_known:
             return
         lost = _lost(event, state)
-        if not lost:
-            return
+        if lost and _are_leftovers(event, lost, state):
+            self._doubt = event, lost
+        elif lost:
+            self._count(event, lost, state)
+
+    def _count(self, event: Zero, lost: dict[str, list[Backward]], state: LoopState) -> None:
         passes = sorted({b.number: b for unused in lost.values() for b in unused}.values(), key=lambda b: b.number)
         if any(is_tail(passes, self._windows.get(owner, ())) for owner in {state.owner_of[name] for name in lost}):
             return  # what an epoch has left: that is another fault
@@ -197,6 +208,14 @@ def _lost(event: Zero, state: LoopState) -> dict[str, list[Backward]]:
             if not useful[passed.number]:
                 lost.setdefault(name, []).append(passed)
     return lost
+
+
+def _are_leftovers(event: Zero, lost: dict[str, list[Backward]], state: LoopState) -> bool:
+    """Whether each pass that is thrown away here is still to be used by another optimizer."""
+    zeroed = {state.owner_of[name] for name in event.parameters & state.owner_of.keys()}
+    others = [held for name, held in state.held.items() if state.owner_of.get(name, "") not in {"", *zeroed}]
+    waiting = {passed.number for held in others if not held.is_manual for passed in held.passes[held.used :]}
+    return all(passed.number in waiting for unused in lost.values() for passed in unused)
 
 
 def _passes(number: int) -> str:
