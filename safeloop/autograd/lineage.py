@@ -109,15 +109,21 @@ class Lineage:
     @property
     def module(self) -> str:
         """The path of the innermost module that is running; empty for none."""
-        if not self._running:
-            return ""
-        running = self._running[-1]
-        return self._paths.get(id(running), type(running).__name__)
+        return self.path_of(self._running[-1]) if self._running else ""
 
     @property
     def running(self) -> nn.Module | None:
         """The innermost module that is running."""
         return self._running[-1] if self._running else None
+
+    @property
+    def all_running(self) -> Iterator[nn.Module]:
+        """The modules that are running, the innermost first."""
+        return reversed(self._running)
+
+    def path_of(self, module: nn.Module) -> str:
+        """The path of a module of the model; of others the name of their class."""
+        return self._paths.get(id(module), type(module).__name__)
 
     @property
     def num_passes(self) -> int:

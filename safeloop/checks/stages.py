@@ -31,6 +31,7 @@ from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
 from safeloop.checks.setup.keys import GroupKeyIgnored
 from safeloop.checks.setup.loop_owners import LoopOwners
+from safeloop.checks.setup.made_anew import LayerMadeInForward
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParameter
 from safeloop.checks.setup.patterns import PatternMatchesNothing
@@ -169,6 +170,7 @@ def trainer_call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCh
         StatisticsLeftBehind(),
         FrozenStatistics(model, frozen),
         DataChangedInPlace(),
+        LayerMadeInForward(model),
     ]
 
 
