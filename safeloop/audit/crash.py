@@ -8,6 +8,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
 
 from safeloop.audit.cut_off import no_tensor, with_origin
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from safeloop.audit.foreign import LoopWatch
 
 _CHANGED = re.compile(r"modified by an inplace operation: \[[\w.]+ \[(?P<shape>[\d, ]*)\]\]")
+_INDICES = re.compile(r"did not receive grad for rank \d+: (?P<indices>[\d ]+)")
 _REDUCTION = "Expected to have finished reduction in the prior iteration"
 
 
@@ -40,7 +42,7 @@ def crash_faults(error: Exception, model: nn.Module, watch: LoopWatch) -> list[F
         return []
     return [
         *_stepped_between(error, message, model, watch),
-        *_unreduced(message, watch),
+        *_unreduced(error, watch),
         *_nothing_to_clip(error),
         *_translated(error, model, watch.tape),
     ]
@@ -115,18 +117,31 @@ def _stepped_between(error: RuntimeError, message: str, model: nn.Module, watch:
         return
 
 
-def _unreduced(message: str, watch: LoopWatch) -> Iterator[Fault]:
+def _unreduced(error: RuntimeError, watch: LoopWatch) -> Iterator[Fault]:
     """DistributedDataParallel waits for gradients that never come."""
-    if _REDUCTION not in message:
+    if _REDUCTION not in str(error):
         return
     traces = watch.gradients.history.traces
-    names = [name for name, trace in traces.items() if trace.steps and trace.absent == trace.steps]
-    if names:
+    never = [name for name, trace in traces.items() if trace.steps and trace.absent == trace.steps]
+    if names := never or _waited_for(error, watch):
         yield NoGradient.fault(
-            f"DistributedDataParallel waits for the gradients of {listed(names)}, which took no part in the loss",
+            f"DistributedDataParallel waits for the gradients of {listed(names)}, which took no part in the loss"
+            f"{'' if never else ' of the iteration before'}",
             where=watch.gradients.history.where,
             why="it averages a gradient over the processes once every parameter of its bucket has one",
             fix="use these parameters in the forward, freeze them before wrapping the model, or pass "
             "`find_unused_parameters=True`",
             names=names,
         )
+
+
+def _waited_for(error: RuntimeError, watch: LoopWatch) -> list[str]:
+    """The parameters whose numbers torch gives, by the module in whose forward it raised."""
+    numbers = _INDICES.search(str(error))
+    wrapped = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    for module in wrapped:
+        if numbers is not None and isinstance(module, DistributedDataParallel):
+            waiting = [(name, p) for name, p in module.module.named_parameters() if p.requires_grad]
+            found = [waiting[int(n)] for n in numbers["indices"].split() if int(n) < len(waiting)]
+            return [watch.journal.names.get(id(p), name) for name, p in found]
+    return []
