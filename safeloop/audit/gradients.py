@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from safeloop.autograd.norms import each_norm
+from safeloop.autograd.norms import each_norm, exact_norm
 from safeloop.autograd.opnames import COMPARISONS, ESCAPES
 from safeloop.autograd.survey import leaves_below, survey
 from safeloop.autograd.tape import Tape
@@ -248,7 +248,8 @@ def _norms(gradients: list[Tensor]) -> list[float]:
     if not gradients:
         return []
     with torch.no_grad():
-        return [float(norm) for norm in each_norm([g.coalesce()._values() if g.is_sparse else g for g in gradients])]
+        norms = [float(norm) for norm in each_norm(gradients)]
+        return [float(exact_norm([g])) if n == math.inf else n for n, g in zip(norms, gradients, strict=True)]
 
 
 def _chosen(model: nn.Module, usage: Mapping[str, int], times: int) -> tuple[frozenset[str], frozenset[str]]:

@@ -32,7 +32,6 @@ def exact_norm(gradients: Sequence[Tensor]) -> Tensor:
     each = [torch.linalg.vector_norm(values(gradient), dtype=torch.float64) for gradient in gradients]
     norm: Tensor = torch.linalg.vector_norm(torch.stack([one.to(each[0].device) for one in each]))
     return norm
-    return norm
 
 
 def values(gradient: Tensor) -> Tensor:

@@ -63,6 +63,18 @@ def test_an_exploding_gradient_is_told(make: Any, audited: Any) -> None:
     assert [fault.code for fault in faults if fault.code != "SL504"] == ["SL505"], faults
 
 
+def test_a_gradient_whose_norm_overflows_is_told_with_the_others(audited: Any) -> None:
+    """Entries of 1e21 are finite; their squares, and the norm that is computed from them, are not in float32."""
+
+    def make() -> Any:
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 1))
+        return model, lambda i: 1e21 * model(X).mean()
+
+    (fault,) = audited(make, lr=1e-30)
+    assert fault.code == "SL505"
+    assert {"0.weight", "1.weight"} <= set(fault.names)
+
+
 @pytest.mark.parametrize(
     "make",
     [stack(nn.ReLU, 10, 1.4), stack(nn.Tanh, 10), stack(nn.GELU, 6), recurrence(1.0, 30), recurrence(0.9, 30)],
