@@ -50,6 +50,7 @@ FILES: dict[str, str] = {
     "SL216": "setup/rates.py",  # GroupRateZero (warning)
     "SL217": "setup/keys.py",  # GroupKeyIgnored (warning)
     "SL220": "setup/made_anew.py",  # LayerMadeInForward
+    "SL221": "setup/uncalled.py",  # BackwardOfModule (warning)
     # SL3: graph and mutation
     "SL301": "graph/torch_errors.py",  # LeafChangedInPlace
     "SL302": "graph/torch_errors.py",  # GraphUsedTwice

@@ -37,6 +37,7 @@ from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParamete
 from safeloop.checks.setup.patterns import PatternMatchesNothing
 from safeloop.checks.setup.rates import GroupRateZero, LearningRatesFarApart
 from safeloop.checks.setup.sharing import CopyIsTheOriginal
+from safeloop.checks.setup.uncalled import BackwardOfModule
 from safeloop.checks.terms.contained import TermContainsAnother
 from safeloop.checks.terms.declared import DeclaredTermMissing
 from safeloop.checks.terms.derivatives import DerivativeVanishes
@@ -86,6 +87,7 @@ _SETUP = (
     CopyIsTheOriginal,
     TiedByCopy,
     LearningRatesFarApart,
+    BackwardOfModule,
 )
 _TERMS = (
     DeclaredTermMissing,
