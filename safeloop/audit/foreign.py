@@ -27,10 +27,10 @@ from safeloop.audit.shims import OptimizerHooks
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.audit.updates import EVERY, Updates, are_bad
 from safeloop.autograd.bad import BadTrace, Source
-from safeloop.autograd.lineage import next_node
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, Tape, unheard
+from safeloop.autograd.tensors import next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from safeloop.autograd.opnames import ESCAPES, cut_reason
 from safeloop.autograd.sites import Site, site_of, sites_above, user_frame
+from safeloop.autograd.tensors import in_checkpoint, next_node, node_of, reference_to, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +195,7 @@ class Lineage:
         if name in ("__setitem__", "copy_") and tensors:
             results = [tensors[0]]
         for result in results:
-            node = _node_of(result)
+            node = node_of(result)
             is_scalar = not result.dim()
             if node is None and not live and not marks and not is_scalar:
                 continue
@@ -234,12 +233,12 @@ class Lineage:
 
     def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
         source = next((t for t in tensors if self.live(t)), None)
-        made_by = None if source is None else _node_of(source)
+        made_by = None if source is None else node_of(source)
         node = None if made_by is None else made_by._sequence_nr()
         made = "" if source is None else self._state(source).maker
         site = None if frame is None else site_of(frame)
         reason = cut_reason(name, result)
-        if not torch.is_grad_enabled() and _in_checkpoint():
+        if not torch.is_grad_enabled() and in_checkpoint():
             reason = "a re-entrant checkpoint none of whose inputs requires grad"
         is_difference = made in ("sub", "rsub", "__rsub__", "subtract", "__sub__")
         callers = () if frame is None or torch.is_grad_enabled() else tuple(sites_above(frame))
@@ -263,7 +262,7 @@ class Lineage:
 
     def _entered(self, module: nn.Module, args: Any) -> None:
         if not self._running:
-            self._inputs.append(_reference(next(tensors_of(args, 2), None)))
+            self._inputs.append(reference_to(next(tensors_of(args, 2), None)))
         self._running.append(module)
 
     def _left(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -272,51 +271,3 @@ class Lineage:
 
 
 _NOTHING = _State()
-_CHECKPOINT = CheckpointFunction.forward.__code__
-
-
-def _in_checkpoint() -> bool:
-    """Whether the forward of a re-entrant checkpoint is running."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _reference(tensor: Tensor | None) -> Any:
-    """A weak reference to a tensor, or to what it is a view of."""
-    if tensor is None:
-        return lambda: None
-    with torch._C.DisableTorchFunction():
-        base = tensor._base
-    return weakref.ref(tensor if base is None else base)
-
-
-def _node_of(tensor: Tensor) -> Any:
-    """The node that made a tensor; None also for a view that torch bars: made under no_grad, its base written to."""
-    try:
-        return tensor.grad_fn
-    except RuntimeError:
-        return None
-
-
-def next_node() -> int:
-    """The sequence number that the next node of this thread gets."""
-    with torch.enable_grad():
-        probe = torch.zeros((), requires_grad=True).view(())
-    assert probe.grad_fn is not None
-    return int(probe.grad_fn._sequence_nr()) + 1
-
-
-def tensors_of(value: Any, depth: int) -> Iterator[Tensor]:
-    """The tensors in arguments or results, `depth` levels of containers deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_of(item, depth - 1)
-    elif depth and isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item, depth - 1)

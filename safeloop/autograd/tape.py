@@ -19,9 +19,10 @@ from torch import Tensor, nn, overrides
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from safeloop.autograd.lineage import Lineage, tensors_of
+from safeloop.autograd.lineage import Lineage
 from safeloop.autograd.opnames import ASKS, SHAPES_ONLY, name_of, writes_to
 from safeloop.autograd.sites import Site, site_of, user_frame
+from safeloop.autograd.tensors import tensors_of
 from safeloop.autograd.writes import WriteLog
 from safeloop.faults import FaultError
 
