@@ -40,8 +40,8 @@ def faults_of(forward: Forward, further: nn.Module | None = None, steps: int = 6
     return list(audit.faults)
 
 
-def normalised(net: Any, x: Tensor) -> Tensor:
-    return net.head(nn.LayerNorm(8)(net.body(x)))
+def projected(net: Any, x: Tensor) -> Tensor:
+    return net.head(nn.Linear(8, 8)(net.body(x)))
 
 
 def convolved(net: Any, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def a_sequence(net: Any, x: Tensor) -> Tensor:
     return nn.Sequential(nn.ReLU(), nn.Linear(8, 3))(net.body(x)) + net.head(net.body(x))
 
 
-@pytest.mark.parametrize("forward", [normalised, convolved, a_sequence])
+@pytest.mark.parametrize("forward", [projected, convolved, a_sequence])
 def test_a_layer_made_in_forward(forward: Forward) -> None:
     """Told once a line, with the module whose forward it is."""
     found = [fault for fault in faults_of(forward) if fault.code == "SL220"]
@@ -69,7 +69,7 @@ def test_in_a_trainer() -> None:
             return self.model(batch).square().mean()
 
     optimizers = {"type": "SGD", "lr": 0.1}
-    model = Net(normalised)
+    model = Net(projected)
     with pytest.raises(sl.FaultError) as error:
         Run(model=model, data=[torch.randn(8, 4)], optimizers=optimizers, run={"max_steps": 6}).fit()
     assert error.value.fault.code == "SL220"
@@ -87,6 +87,10 @@ def kept_elsewhere(net: Any, x: Tensor) -> Tensor:
 
 def without_weights(net: Any, x: Tensor) -> Tensor:
     return net.head(nn.LayerNorm(8, elementwise_affine=False)(nn.Dropout(0.1)(net.body(x))))
+
+
+def normalised(net: Any, x: Tensor) -> Tensor:
+    return net.head(nn.LayerNorm(8)(net.body(x)))
 
 
 def random_projection(net: Any, x: Tensor) -> Tensor:
@@ -108,7 +112,9 @@ def fast_weights(net: Any, x: Tensor) -> Tensor:
     return net.head(fast(x) + net.body(x))
 
 
-@pytest.mark.parametrize("forward", [kept_elsewhere, without_weights, random_projection, under_no_grad, fast_weights])
+@pytest.mark.parametrize(
+    "forward", [kept_elsewhere, without_weights, normalised, random_projection, under_no_grad, fast_weights]
+)
 def test_what_only_looks_like_it(forward: Forward) -> None:
     """Layers that are kept, have no weights, are not to be trained, or are copies of the model's."""
     further = nn.ModuleList(KEPT) if forward is kept_elsewhere else None

@@ -26,9 +26,10 @@ class LayerMadeInForward(CallCheck):
     """A forward makes a layer, uses it once, and forgets it.
 
     ## What it does
-    Looks at layers of `torch.nn` with trainable parameters that run inside of a module of the model without being a
-    part of it. Speaks where one line has run a third one, those before are gone, and no optimizer holds it. Layers that
-    are kept, even in a plain list, are other faults. Cost: none beyond the tape of calls.
+    Looks at layers of `torch.nn` with random weights that run inside of a module of the model without being a part of
+    it. Speaks where one line has run a third one, those before are gone, and no optimizer holds it. Layers that are
+    kept, even in a plain list, are other faults; normalisation, which begins as the identity, is left alone. Cost: none
+    beyond the tape of calls.
 
     ## Why it is bad
     Each forward begins with new random weights. They get a gradient, and are thrown away with it: the layer is noise
@@ -84,8 +85,8 @@ class LayerMadeInForward(CallCheck):
     title = "layer made in forward"
     hears = frozenset(
         (
-            *("linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "lstm", "gru", "rnn_tanh"),
-            *("layer_norm", "group_norm", "batch_norm", "multi_head_attention_forward", "prelu"),
+            *("linear", "bilinear", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d"),
+            *("conv_transpose1d", "conv_transpose2d", "lstm", "gru", "rnn_tanh", "multi_head_attention_forward"),
         )
     )
 
