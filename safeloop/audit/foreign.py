@@ -36,6 +36,7 @@ from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
+from safeloop.checks.graph.discarded import FunctionResultDiscarded
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
@@ -87,6 +88,7 @@ class LoopWatch:
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         self._sums = (ConstantPartOfLoss(), PartCountedTwice(), PolicyTrainsBaseline())
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
+        self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
         calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         both = [check for check in calls if isinstance(check, EventCheck)]
@@ -208,6 +210,7 @@ class LoopWatch:
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += [fault for check in self._sums for fault in check.summed(roots)]
         faults += [fault for check in self._functions for fault in check.visited(found.numbers, call.tape.functions)]
+        faults += self._discarded.visited(roots, call.tape)
         faults += self._guards.before_backward(roots, "", f"iteration {self.journal.iteration}")
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}

@@ -25,6 +25,7 @@ from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.modes import GradModeChangedInMetrics, GradModeLeftOff, ModeChangedInLoss, restless
 from safeloop.checks.graph.detached import PathCutByData
+from safeloop.checks.graph.discarded import FunctionResultDiscarded
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
@@ -94,6 +95,7 @@ class StepAudit:
         joint = () if are_separate else (PolicyTrainsBaseline(),)
         self._sums = (ConstantPartOfLoss(), PartCountedTwice(), *joint)
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
+        self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
         checks = [*trainer_call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         self._tape = build_tape(model, checks, self._found.extend)
@@ -222,6 +224,7 @@ class StepAudit:
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += [fault for check in self._sums for fault in check.summed(terms)]
         faults += [fault for check in self._functions for fault in check.visited(found.numbers, tape.functions)]
+        faults += self._discarded.visited(terms, tape)
         history = self._gradients.history
         for name, term in roots.items():
             history.term_sites[name] = at(tape.site_of(term), source)

@@ -70,6 +70,7 @@ FILES: dict[str, str] = {
     "SL318": "graph/itself.py",  # CopyOfItself (warning)
     "SL319": "graph/functions_twice.py",  # SecondDerivativeOfFunctionWrong (warning)
     "SL330": "graph/straight_through.py",  # StraightThroughReversed
+    "SL331": "graph/discarded.py",  # FunctionResultDiscarded (warning)
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber

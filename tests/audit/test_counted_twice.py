@@ -127,9 +127,9 @@ AGAIN: list[Loss] = [its_helper_has_added_it, its_helper_has_added_it_to_a_longe
 
 def one_function_adds_it_again(scores: Tensor, y: Tensor) -> Tensor:
     deep = [F.cross_entropy(k * scores, y) for k in (1, 2, 3)]
-    loss = sum(deep)
-    loss = loss + deep[-1]
-    return loss  # type: ignore[return-value]
+    loss: dict[str, Any] = {"total": sum(deep)}
+    loss["total"] = loss["total"] + deep[-1]
+    return loss["total"]  # type: ignore[no-any-return]
 
 
 def a_factor_of_its_own(scores: Tensor, y: Tensor) -> Tensor:
