@@ -35,6 +35,7 @@ from safeloop.checks.stages import history_faults, trainer_call_checks
 from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.terms.counted import PartCountedTwice
+from safeloop.checks.terms.numbers import NumberInLoss
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
@@ -93,7 +94,7 @@ class StepAudit:
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
         joint = () if are_separate else (PolicyTrainsBaseline(),)
-        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), *joint)
+        self._sums = (ConstantPartOfLoss(), NumberInLoss(), PartCountedTwice(), *joint)
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)

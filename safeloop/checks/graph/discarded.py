@@ -45,8 +45,8 @@ class FunctionResultDiscarded(Check):
     these files, once, and where such a line is found a walk over the graph.
 
     ## Why it is bad
-    `apply` changes nothing by itself: it returns a new tensor, and only who uses that one has the function in the graph.
-    A scaler of an auxiliary loss, a reversed or a clipped gradient has no effect.
+    `apply` changes nothing by itself: it returns a new tensor, and only who uses that one has the function in the
+    graph. A scaler of an auxiliary loss, a reversed or a clipped gradient has no effect.
 
     ## Bad
     ```python
@@ -160,7 +160,8 @@ def _is_apply(statement: Any) -> bool:
 
 
 def _names_below(kind: type) -> Iterator[str]:
-    for below in type.__subclasses__(kind):
+    subclasses: list[type] = type.__subclasses__(kind)
+    for below in subclasses:
         yield below.__name__
         yield from _names_below(below)
 
