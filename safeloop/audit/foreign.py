@@ -46,6 +46,7 @@ from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.terms.numbers import NumberInLoss
+from safeloop.checks.terms.unused import LossNeverUsed
 from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.update.rounded import UpdatesRoundAway
 from safeloop.checks.views import GradientsView
@@ -86,7 +87,7 @@ class LoopWatch:
         self._parameters, self._names = self.journal.parameters, self.journal.names
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
-        self._visitors = (PathCutByData(), PenaltyNotInLoss())
+        self._visitors = (PathCutByData(), PenaltyNotInLoss(), LossNeverUsed())
         self._sums = (ConstantPartOfLoss(), NumberInLoss(), PartCountedTwice(), PolicyTrainsBaseline())
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         self._discarded = FunctionResultDiscarded()

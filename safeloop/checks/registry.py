@@ -113,6 +113,7 @@ FILES: dict[str, str] = {
     "SL461": "terms/counted.py",  # PartCountedTwice (warning)
     "SL462": "terms/baselines.py",  # PolicyTrainsBaseline (warning)
     "SL463": "terms/numbers.py",  # NumberInLoss (warning)
+    "SL464": "terms/unused.py",  # LossNeverUsed (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient
