@@ -45,6 +45,7 @@ from safeloop.checks.stages import call_checks, event_checks, gradient_faults, h
 from safeloop.checks.terms.baselines import PolicyTrainsBaseline
 from safeloop.checks.terms.constants import ConstantPartOfLoss
 from safeloop.checks.terms.counted import PartCountedTwice
+from safeloop.checks.terms.nobody import PartTrainsNobody
 from safeloop.checks.terms.numbers import NumberInLoss
 from safeloop.checks.terms.unused import LossNeverUsed
 from safeloop.checks.update.moved import MovedWithoutGradient
@@ -88,7 +89,13 @@ class LoopWatch:
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss(), LossNeverUsed())
-        self._sums = (ConstantPartOfLoss(), NumberInLoss(), PartCountedTwice(), PolicyTrainsBaseline())
+        self._sums = (
+            ConstantPartOfLoss(),
+            NumberInLoss(),
+            PartCountedTwice(),
+            PolicyTrainsBaseline(),
+            PartTrainsNobody(),
+        )
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)

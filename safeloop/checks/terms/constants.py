@@ -152,3 +152,17 @@ def summands(roots: Iterable[Tensor]) -> Iterator[int]:
         seen.add(number)
         yield number
         waiting += parts
+
+
+def parts_of(root: Tensor) -> Iterator[int]:
+    """The nodes of what is added up in a loss."""
+    if root.grad_fn is None:
+        return
+    yield root.grad_fn._sequence_nr()
+    sums = set(summands([root]))
+    waiting: list[Any] = [root.grad_fn]
+    while waiting:
+        for part, _ in waiting.pop().next_functions:
+            if part is not None:
+                yield part._sequence_nr()
+                waiting += [part] if part._sequence_nr() in sums else []

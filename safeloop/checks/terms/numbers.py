@@ -15,7 +15,7 @@ from safeloop.autograd.sites import Site, call_text, site_of
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
-from safeloop.checks.terms.constants import ADDS, summands
+from safeloop.checks.terms.constants import ADDS, parts_of, summands
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -112,7 +112,7 @@ class NumberInLoss(CallCheck):
     def summed(self, roots: Iterable[Tensor]) -> Iterator[Fault]:
         """The faults of losses that are about to be differentiated."""
         roots = list(roots)
-        parts = {number for root in roots for number in _parts(root)}
+        parts = {number for root in roots for number in parts_of(root)}
         self._differentiated |= {number.site for number in self._numbers.values() if number.node in parts}
         self._differentiated |= {site for node, site in self._waiting.items() if node in parts}
         self._waiting.clear()
@@ -164,20 +164,6 @@ class NumberInLoss(CallCheck):
             fix="add the tensor, and take `.item()` of it for the log only",
             names=number.names,
         )
-
-
-def _parts(root: Tensor) -> Iterator[int]:
-    """The nodes of what is added up in a loss."""
-    if root.grad_fn is None:
-        return
-    yield root.grad_fn._sequence_nr()
-    sums = set(summands([root]))
-    waiting: list[Any] = [root.grad_fn]
-    while waiting:
-        for part, _ in waiting.pop().next_functions:
-            if part is not None:
-                yield part._sequence_nr()
-                waiting += [part] if part._sequence_nr() in sums else []
 
 
 def _sides(text: str) -> Iterator[ast.expr]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from safeloop.autograd.lineage import Scalar
+from safeloop.autograd.scalars import Scalar
 from safeloop.autograd.sites import Site
 from safeloop.autograd.survey import survey
 from safeloop.autograd.tape import Call, Tape
