@@ -19,6 +19,7 @@ from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal, named_by_place
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
+from safeloop.audit.losses import loop_loss_checks
 from safeloop.audit.masks import MaskWatch
 from safeloop.audit.means import count_means
 from safeloop.audit.scaling import ScalerWatch
@@ -42,11 +43,6 @@ from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWron
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
-from safeloop.checks.terms.baselines import PolicyTrainsBaseline
-from safeloop.checks.terms.constants import ConstantPartOfLoss
-from safeloop.checks.terms.counted import PartCountedTwice
-from safeloop.checks.terms.nobody import PartTrainsNobody
-from safeloop.checks.terms.numbers import NumberInLoss
 from safeloop.checks.terms.unused import LossNeverUsed
 from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.update.rounded import UpdatesRoundAway
@@ -89,13 +85,7 @@ class LoopWatch:
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss(), LossNeverUsed())
-        self._sums = (
-            ConstantPartOfLoss(),
-            NumberInLoss(),
-            PartCountedTwice(),
-            PolicyTrainsBaseline(),
-            PartTrainsNobody(),
-        )
+        self._sums = loop_loss_checks()
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)

@@ -17,6 +17,7 @@ from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
+from safeloop.audit.losses import loss_checks
 from safeloop.audit.masks import MaskWatch
 from safeloop.audit.opened import methods_of
 from safeloop.audit.stretch import build_tape, is_compiled, tell_broken
@@ -32,10 +33,6 @@ from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
-from safeloop.checks.terms.baselines import PolicyTrainsBaseline
-from safeloop.checks.terms.constants import ConstantPartOfLoss
-from safeloop.checks.terms.counted import PartCountedTwice
-from safeloop.checks.terms.numbers import NumberInLoss
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
@@ -93,8 +90,7 @@ class StepAudit:
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        joint = () if are_separate else (PolicyTrainsBaseline(),)
-        self._sums = (ConstantPartOfLoss(), NumberInLoss(), PartCountedTwice(), *joint)
+        self._sums = loss_checks(are_joint=not are_separate)
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
         self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)

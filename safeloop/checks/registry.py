@@ -115,6 +115,7 @@ FILES: dict[str, str] = {
     "SL463": "terms/numbers.py",  # NumberInLoss (warning)
     "SL464": "terms/unused.py",  # LossNeverUsed (warning)
     "SL465": "terms/nobody.py",  # PartTrainsNobody (warning)
+    "SL466": "terms/chosen.py",  # ConstantAlwaysChosen (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient
