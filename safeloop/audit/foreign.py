@@ -19,6 +19,7 @@ from safeloop.audit.guards import Guards
 from safeloop.audit.hearing import Hearing
 from safeloop.audit.journal import Journal, named_by_place
 from safeloop.audit.lifetime import Lifetimes, globals_of_frames, holders_of_frames, holders_of_modules
+from safeloop.audit.losses import loop_loss_checks
 from safeloop.audit.masks import MaskWatch
 from safeloop.audit.means import count_means
 from safeloop.audit.scaling import ScalerWatch
@@ -36,14 +37,13 @@ from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update
 from safeloop.checks.gradients.nonfinite import NonFiniteGradient
 from safeloop.checks.graph.detached import PathCutByData
+from safeloop.checks.graph.discarded import FunctionResultDiscarded
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.source import at
 from safeloop.checks.stages import call_checks, event_checks, gradient_faults, history_faults
-from safeloop.checks.terms.baselines import PolicyTrainsBaseline
-from safeloop.checks.terms.constants import ConstantPartOfLoss
-from safeloop.checks.terms.counted import PartCountedTwice
+from safeloop.checks.terms.unused import LossNeverUsed
 from safeloop.checks.update.moved import MovedWithoutGradient
 from safeloop.checks.update.rounded import UpdatesRoundAway
 from safeloop.checks.views import GradientsView
@@ -84,9 +84,10 @@ class LoopWatch:
         self._parameters, self._names = self.journal.parameters, self.journal.names
         self._updates = Updates(self.journal, [model, *itertools.islice(model.children(), 3)], ask)
         self._events: list[EventCheck] = event_checks(model)
-        self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), PolicyTrainsBaseline())
+        self._visitors = (PathCutByData(), PenaltyNotInLoss(), LossNeverUsed())
+        self._sums = loop_loss_checks()
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
+        self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for p in model.parameters() if not p.requires_grad)
         calls: list[CallCheck] = [*call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         both = [check for check in calls if isinstance(check, EventCheck)]
@@ -208,6 +209,7 @@ class LoopWatch:
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += [fault for check in self._sums for fault in check.summed(roots)]
         faults += [fault for check in self._functions for fault in check.visited(found.numbers, call.tape.functions)]
+        faults += self._discarded.visited(roots, call.tape)
         faults += self._guards.before_backward(roots, "", f"iteration {self.journal.iteration}")
         if not self.journal.state.inside:
             wanted = {n: p for n, p in self._parameters.items() if p.requires_grad and n in self.journal.state.owner_of}

@@ -92,7 +92,10 @@ class GradientWatch:
                 trace.dropped += name in self._reached
             elif norm == 0:
                 trace.zero += 1
+                trace.still += 1
             elif math.isfinite(norm):
+                if trace.still:  # whatever has stopped it lets something through again
+                    trace.still, trace.cause = 0, None
                 trace.largest, trace.smallest = max(trace.largest, norm), min(trace.smallest, norm)
                 trace.tiny += norm < TINY * top
                 trace.faint += norm < min(STILL, FAINT * top)
@@ -183,8 +186,7 @@ def cause_of(bit: int, tape: Tape, roots: Iterable[Tensor]) -> Cause:
 
 def _is_stopped(trace: Trace) -> bool:
     """Whether nothing but zeros came, or nothing although a graph led to it."""
-    is_zero = trace.zero >= _SURELY and trace.zero + trace.absent == trace.steps
-    return is_zero or (trace.dropped >= _SURELY and trace.dropped == trace.steps)
+    return trace.still >= _SURELY or (trace.dropped >= _SURELY and trace.dropped == trace.steps)
 
 
 _OF_STOPS = ("zero", "empty", "dropped", "hooked", "cancelled", "attention")

@@ -17,6 +17,7 @@ from safeloop.audit.gradients import ENOUGH_STEPS, GradientWatch
 from safeloop.audit.guards import Guards
 from safeloop.audit.ledger import FaultLedger
 from safeloop.audit.lifetime import Lifetimes, holders_of_modules, vars_of
+from safeloop.audit.losses import loss_checks
 from safeloop.audit.masks import MaskWatch
 from safeloop.audit.opened import methods_of
 from safeloop.audit.stretch import build_tape, is_compiled, tell_broken
@@ -25,15 +26,13 @@ from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.evaluation.dropout import DropoutInEvaluation
 from safeloop.checks.evaluation.modes import GradModeChangedInMetrics, GradModeLeftOff, ModeChangedInLoss, restless
 from safeloop.checks.graph.detached import PathCutByData
+from safeloop.checks.graph.discarded import FunctionResultDiscarded
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
-from safeloop.checks.terms.baselines import PolicyTrainsBaseline
-from safeloop.checks.terms.constants import ConstantPartOfLoss
-from safeloop.checks.terms.counted import PartCountedTwice
 from safeloop.checks.update.unowned import GradientsForNobody
 from safeloop.checks.views import Ownership, SetupView
 from safeloop.faults import Fault
@@ -91,9 +90,9 @@ class StepAudit:
         self._lifetimes = Lifetimes({id(p): name for name, p in model.named_parameters()})
         self._aliases = KeptStateIsLive(model)
         self._visitors = (PathCutByData(), PenaltyNotInLoss())
-        joint = () if are_separate else (PolicyTrainsBaseline(),)
-        self._sums = (ConstantPartOfLoss(), PartCountedTwice(), *joint)
+        self._sums = loss_checks(are_joint=not are_separate)
         self._functions = (CustomGradientWrong(), SecondDerivativeOfFunctionWrong())
+        self._discarded = FunctionResultDiscarded()
         frozen = frozenset(id(p) for name, p in model.named_parameters() if name in ownership.frozen)
         checks = [*trainer_call_checks(model, frozen), *self._visitors, *self._sums, *self._functions]
         self._tape = build_tape(model, checks, self._found.extend)
@@ -222,6 +221,7 @@ class StepAudit:
         faults += [fault for check in self._visitors for fault in check.visited(found.numbers)]
         faults += [fault for check in self._sums for fault in check.summed(terms)]
         faults += [fault for check in self._functions for fault in check.visited(found.numbers, tape.functions)]
+        faults += self._discarded.visited(terms, tape)
         history = self._gradients.history
         for name, term in roots.items():
             history.term_sites[name] = at(tape.site_of(term), source)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safeloop.autograd.opnames import ESCAPES, cut_reason
+from safeloop.autograd.scalars import Scalar, is_followed
 from safeloop.autograd.sites import Site, site_of, sites_above, user_frame
 from safeloop.autograd.tensors import in_checkpoint, next_node, node_of, reference_to, tensors_of
 
@@ -56,6 +57,8 @@ class _State:
     site: Site | None = None
     """the user's line that made it; of scalars only"""
     keeper: Any = None
+    is_used: bool = False
+    """whether a later call was given it"""
 
 
 class Lineage:
@@ -69,6 +72,8 @@ class Lineage:
         self.marks: list[Mark] = []
         self.origins: dict[int, Origin] = {}
         """sequence number of a node -> the call that made it"""
+        self.scalars: list[Scalar] = []
+        """the numbers with a graph, in the order in which they were made"""
         self.used = 0
         """the parameters that some call has used, as bits"""
         self.names: tuple[str, ...] = ()
@@ -90,6 +95,7 @@ class Lineage:
         """Forget what was followed, and take stock of the model."""
         self.marks.clear()
         self.origins.clear()
+        self.scalars.clear()
         self._states.clear()
         self.used = self._read = 0
         self._first_uses.clear()
@@ -178,6 +184,13 @@ class Lineage:
         self._known(tensor).marks |= 1 << len(self.marks)
         self.marks.append(mark)
 
+    def shown(self, tensors: Iterator[Tensor]) -> None:
+        """These were printed or formatted, which is a use of them."""
+        for tensor in tensors:
+            state = self._states.get(id(tensor))
+            if state is not None and state.keeper() is tensor:
+                state.is_used = True
+
     def was_read(self, mark: Mark) -> bool:
         """Whether a value that has met a mark went into a further computation."""
         return any(known is mark and self._read >> place & 1 for place, known in enumerate(self.marks))
@@ -212,6 +225,8 @@ class Lineage:
             state.maker = name
             if is_scalar and frame is not None:
                 state.site = site_of(frame)
+                if node is not None and state.live and is_followed():
+                    self.scalars.append(Scalar(node._sequence_nr(), state.site, state))
         if live and not results and name in ESCAPES:
             self._cut(name, tensors, out, live, user_frame(3))
         return frame
@@ -227,6 +242,7 @@ class Lineage:
                 continue
             state = self._states.get(id(tensor))
             if state is not None and state.keeper() is tensor:
+                state.is_used = True
                 live |= state.live
                 marks |= state.marks
         return live, marks, used

@@ -114,6 +114,8 @@ class Tape(Lineage, TorchFunctionMode):
         kwargs = kwargs or {}
         name = name_of(func)
         if self.is_deaf or name in ASKS:
+            if name in _SHOWS:
+                self.shown(tensors_of(args, 1))
             return func(*args, **kwargs)
         tensors = list(tensors_of((args, kwargs) if kwargs else args, 3))
         listeners = self._listeners.get(name, ())
@@ -186,6 +188,7 @@ class Tape(Lineage, TorchFunctionMode):
 
 _OF_GRADIENTS = frozenset((".grad", ".grad=", "requires_grad_", "retain_grad"))
 """Calls with a parameter that do not use its value, such as those of `zero_grad`."""
+_SHOWS = frozenset(("__format__", "__repr__"))
 _DEEP = 6
 """Frames above a call in which the forward of a custom function is looked for: wrappers of torch's, helpers."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]

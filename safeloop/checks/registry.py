@@ -72,6 +72,7 @@ FILES: dict[str, str] = {
     "SL318": "graph/itself.py",  # CopyOfItself (warning)
     "SL319": "graph/functions_twice.py",  # SecondDerivativeOfFunctionWrong (warning)
     "SL330": "graph/straight_through.py",  # StraightThroughReversed
+    "SL331": "graph/discarded.py",  # FunctionResultDiscarded (warning)
     # SL4: loss terms and penalties
     "SL401": "terms/values.py",  # TermIsNotATensor
     "SL402": "terms/kinds.py",  # TermIsAPythonNumber
@@ -113,6 +114,10 @@ FILES: dict[str, str] = {
     "SL460": "terms/normalised.py",  # NormalisedOverAnother
     "SL461": "terms/counted.py",  # PartCountedTwice (warning)
     "SL462": "terms/baselines.py",  # PolicyTrainsBaseline (warning)
+    "SL463": "terms/numbers.py",  # NumberInLoss (warning)
+    "SL464": "terms/unused.py",  # LossNeverUsed (warning)
+    "SL465": "terms/nobody.py",  # PartTrainsNobody (warning)
+    "SL466": "terms/chosen.py",  # ConstantAlwaysChosen (warning)
     # SL5: gradient values
     "SL501": "gradients/nonfinite.py",  # NonFiniteGradient
     "SL502": "gradients/flow.py",  # NoGradient

@@ -103,6 +103,57 @@ GOOD: list[Loss] = [
 ]
 
 
+def summed_up(losses: dict[str, Tensor]) -> Tensor:
+    losses["total"] = losses["ce"] + losses["size"]
+    losses["total"] += losses["tv"]
+    return losses["total"]
+
+
+def its_helper_has_added_it(scores: Tensor, y: Tensor) -> Tensor:
+    losses = parts(scores, y)
+    return summed_up(losses) + losses["tv"]
+
+
+def its_helper_has_added_it_to_a_longer_sum(scores: Tensor, y: Tensor) -> Tensor:
+    losses = parts(scores, y)
+    loss = summed_up(losses)
+    for term in (0.01 * scores.mean().square(), losses["tv"], losses["size"].sqrt()):
+        loss = loss + term
+    return loss
+
+
+AGAIN: list[Loss] = [its_helper_has_added_it, its_helper_has_added_it_to_a_longer_sum]
+
+
+def one_function_adds_it_again(scores: Tensor, y: Tensor) -> Tensor:
+    deep = [F.cross_entropy(k * scores, y) for k in (1, 2, 3)]
+    loss: dict[str, Any] = {"total": sum(deep)}
+    loss["total"] = loss["total"] + deep[-1]
+    return loss["total"]  # type: ignore[no-any-return]
+
+
+def a_factor_of_its_own(scores: Tensor, y: Tensor) -> Tensor:
+    losses = parts(scores, y)
+    return summed_up(losses) + 0.5 * losses["tv"]
+
+
+def another_of_the_same_kind(scores: Tensor, y: Tensor) -> Tensor:
+    losses = parts(scores, y)
+    return summed_up(losses) + parts(0.5 * scores, y)["tv"]
+
+
+def bound(fit: Tensor, prior: Tensor) -> Tensor:
+    return fit + prior
+
+
+def two_bounds_share_their_prior(scores: Tensor, y: Tensor) -> Tensor:
+    prior = scores.square().mean()
+    return bound(F.cross_entropy(scores, y), prior) + bound(F.cross_entropy(2 * scores, y), prior)
+
+
+GOOD += [one_function_adds_it_again, a_factor_of_its_own, another_of_the_same_kind, two_bounds_share_their_prior]
+
+
 def _faults(watched: Any, loss_of: Loss) -> list[Any]:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
@@ -122,6 +173,13 @@ def test_a_total_beside_its_parts_is_named_with_its_lines(watched: Any, loss_of:
     (fault,) = _faults(watched, loss_of)
     assert f"in {loss_of.__name__}" in fault.where
     assert "in parts" in fault.where
+
+
+@pytest.mark.parametrize("loss_of", AGAIN)
+def test_a_part_that_two_functions_add_to_one_total_is_named_with_both_lines(watched: Any, loss_of: Loss) -> None:
+    (fault,) = _faults(watched, loss_of)
+    assert "in summed_up" in fault.where
+    assert f"in {loss_of.__name__}" in fault.where
 
 
 @pytest.mark.parametrize("loss_of", GOOD)

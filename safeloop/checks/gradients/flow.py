@@ -129,8 +129,10 @@ class AlwaysZero(Check):
     the end or, in a loop of your own, after 200 steps, unless the parameter has moved since: a weight may be zero at
     first. Attention to a single token gives its query and key no gradient, and is well; so is the bias of a layer whose
     weight gets one: differences of its outputs, as in a contrastive loss, do not depend on it. An error where the
-    derivative of that operation is zero everywhere, as of a rounding: no value can revive it. Cost: a norm for each
-    gradient; hooks on the graph for one backward pass where something is zero.
+    derivative of that operation is zero everywhere, as of a rounding: no value can revive it; where such an operation
+    came into the model later, as with quantisation that is switched on, and the gradient has been zero on the last 5
+    steps, it is a warning. Cost: a norm for each gradient; hooks on the graph for one backward pass where something is
+    zero.
 
     ## Why it is bad
     The parameter does not learn, although it is connected: a ReLU whose units are all inactive, a saturated clamp or
@@ -174,35 +176,46 @@ class AlwaysZero(Check):
     @classmethod
     def find(cls, view: History) -> Iterator[Fault]:
         """One fault for all parameters with one cause."""
-        groups: dict[tuple[str, str], list[str]] = {}
-        cured: set[tuple[str, str]] = set()
+        groups: dict[tuple[str, str, bool], list[str]] = {}
+        cured: set[tuple[str, str, bool]] = set()
         for name, trace in view.traces.items() if view.is_late else ():
-            is_zero = trace.zero >= 5 and trace.zero + trace.absent == trace.steps and not view.is_mere_shift(name)
-            if is_zero and trace.cause is not None and trace.cause.kind in _SHOWN:
-                cause = trace.cause.text, at(trace.cause.site, "")
-                groups.setdefault(cause, []).append(name)
-                if name in view.moved:  # what has let nothing through lets something through now
-                    cured.add(cause)
-        for (text, place), found in groups.items():
-            if (text, place) in cured:
+            is_always = trace.zero + trace.absent == trace.steps and not view.is_mere_shift(name)
+            cause = trace.cause
+            if (
+                trace.still < 5
+                or cause is None
+                or cause.kind not in _SHOWN
+                or not (is_always or _FOREVER in cause.text)
+            ):
+                continue
+            key = cause.text, at(cause.site, ""), is_always
+            groups.setdefault(key, []).append(name)
+            if name in view.moved:  # what has let nothing through lets something through now
+                cured.add(key)
+        for (text, place, is_always), found in groups.items():
+            if (text, place, is_always) in cured:
                 continue
             names = view.ordered(found)
+            steps = view.traces[names[0]].still
+            when = f"on all of {steps} steps" if is_always else f"on the last {steps} steps, and was not before"
             yield cls.fault(
-                f"the gradient of {listed(names)} was exactly zero on all of {view.traces[names[0]].zero} steps",
+                f"the gradient of {listed(names)} was exactly zero {when}",
                 where=place or view.where,
                 why=text,
                 fix=next((fix for word, fix in _ZERO_FIXES.items() if word in text), _VALUES),
-                severity="error" if "zero everywhere" in text else None,
+                severity="error" if is_always and _FOREVER in text else None,
                 names=names,
             )
 
+
+_FOREVER = "zero everywhere"
 
 _FLAT = (
     "use a smooth function in its place (tanh, softmax), a straight-through estimator `x + (hard - x).detach()`, or "
     "for a sample `mean + std * torch.randn_like(std)`, which `rsample()` of a distribution does"
 )
 _ZERO_FIXES = {
-    "zero everywhere": _FLAT,
+    _FOREVER: _FLAT,
     "a hook": "correct the hook; to keep a whole parameter from training, use `requires_grad_(False)`",
     "cancel": "look for a detach() that is missing: a straight-through estimator is `x + (hard - x).detach()`",
 }

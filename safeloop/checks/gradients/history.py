@@ -40,6 +40,8 @@ class Trace:
     """steps without a gradient although the graph of a loss leads to it"""
     zero: int = 0
     """steps with a gradient of zeros"""
+    still: int = 0
+    """steps with a gradient of zeros since the last one that was not"""
     unused: int = 0
     """steps on which no torch function was called with it, of those that a tape has seen"""
     tiny: int = 0

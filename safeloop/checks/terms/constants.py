@@ -103,7 +103,7 @@ class ConstantPartOfLoss(CallCheck):
 
     def summed(self, roots: Iterable[Tensor]) -> Iterator[Fault]:
         """The faults of losses that are about to be differentiated."""
-        for number in _summands(roots) if self._found else ():
+        for number in summands(roots) if self._found else ():
             fault = self._found.pop(number, None)
             if fault is not None and fault.where not in self._told:
                 self._told.add(fault.where)
@@ -137,7 +137,7 @@ class ConstantPartOfLoss(CallCheck):
         )
 
 
-def _summands(roots: Iterable[Tensor]) -> Iterator[int]:
+def summands(roots: Iterable[Tensor]) -> Iterator[int]:
     """The nodes whose results are added to a loss, times a constant at most."""
     waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen: set[int] = set()
@@ -152,3 +152,17 @@ def _summands(roots: Iterable[Tensor]) -> Iterator[int]:
         seen.add(number)
         yield number
         waiting += parts
+
+
+def parts_of(root: Tensor) -> Iterator[int]:
+    """The nodes of what is added up in a loss."""
+    if root.grad_fn is None:
+        return
+    yield root.grad_fn._sequence_nr()
+    sums = set(summands([root]))
+    waiting: list[Any] = [root.grad_fn]
+    while waiting:
+        for part, _ in waiting.pop().next_functions:
+            if part is not None:
+                yield part._sequence_nr()
+                waiting += [part] if part._sequence_nr() in sums else []

@@ -38,8 +38,9 @@ class PartCountedTwice(CallCheck):
 
     ## What it does
     Walks from the loss through sums of scalars alone, and looks for an inner sum of two or more parts, all of which the
-    loss contains by themselves too. A sum that is used twice as a whole, a single part that is repeated, and sums with
-    factors of their own are weights that somebody has chosen, and are not told. Cost: about 2 us for each addend.
+    loss contains by themselves too; and for one part that a function adds to a total, and another function adds to
+    that total once more. A sum that is used twice as a whole, a part that one function repeats, and parts and sums
+    with factors of their own are weights that somebody has chosen, and are not told. Cost: about 2 us for each addend.
 
     ## Why it is bad
     The gradients of the parts count twice, as if the learning rate were twice what is written, and the balance with all
@@ -100,7 +101,11 @@ class PartCountedTwice(CallCheck):
     def summed(self, roots: Iterable[Tensor]) -> Iterator[Fault]:
         """The faults of losses that are about to be differentiated."""
         for root in roots:
-            found = None if root.grad_fn is None else _twice(root.grad_fn)
+            addends = [] if root.grad_fn is None else list(_addends(root.grad_fn))
+            if len({addend.base for addend in addends}) == len(addends):
+                continue
+            yield from self._repeated(root, addends)
+            found = _twice(addends)
             if found is None:
                 continue
             total, parts = found
@@ -118,12 +123,40 @@ class PartCountedTwice(CallCheck):
                     "or store it as a number (`.item()`)",
                 )
 
+    def _repeated(self, root: Tensor, addends: list[_Addend]) -> Iterator[Fault]:
+        """One part that is added to a total in one function, and to that total again in another one."""
+        for outer, inner in _again(addends):
+            first = self._sites.get(_number(inner.sums[-1]))
+            second = self._sites.get(_number(outer.sums[-1] if outer.sums else root.grad_fn))
+            place = f"{at(first, 'an unknown line')}; once more at {at(second, 'an unknown line')}"
+            if first is None or second is None or _function(first) == _function(second) or place in self._told:
+                continue
+            self._told.add(place)
+            yield self.fault(
+                f"a part of the loss is added twice, by {first.name} and by {second.name}",
+                where=f"{place}; the part: {at(self._sites.get(_number(inner.node)), 'an unknown line')}",
+                why="the total already holds the part: its gradient counts twice, and the balance with everything else "
+                "is shifted",
+                fix="add it in one place; where it is to weigh more, give it a factor",
+            )
 
-def _twice(root: Any) -> tuple[Any, list[_Addend]] | None:
+
+def _again(addends: list[_Addend]) -> Iterator[tuple[_Addend, _Addend]]:
+    """Parts beside a sum of several that holds the very same part."""
+    for outer in addends:
+        depth = len(outer.sums)
+        for inner in addends:
+            is_same = inner is not outer and inner.node is outer.node
+            if is_same and len(inner.sums) > depth and inner.sums[:depth] == outer.sums:
+                yield outer, inner
+
+
+def _function(site: Site) -> tuple[str, str]:
+    return site.path, site.name
+
+
+def _twice(addends: list[_Addend]) -> tuple[Any, list[_Addend]] | None:
     """The first made sum inside of a sum all of whose parts are added beside it too, and the parts."""
-    addends = list(_addends(root))
-    if len({addend.base for addend in addends}) == len(addends):
-        return None
     inner = {node for addend in addends for node in addend.sums}
     for total in sorted(inner, key=_number):
         inside = [addend for addend in addends if total in addend.sums]
