@@ -51,7 +51,27 @@ def step_by_step(nets: nn.ModuleDict, x: Tensor) -> Tensor:
     return torch.cat(losses).mean()
 
 
-BAD: list[Loss] = [categorical, normalised_ratio, step_by_step]
+def summed_over_an_episode(nets: nn.ModuleDict, x: Tensor) -> Tensor:
+    scores: Any = 0.0
+    length = torch.zeros(len(x))
+    for _ in range(3):
+        policy = Categorical(logits=nets["policy"](x))
+        action = policy.sample()
+        scores, length = scores + policy.log_prob(action), length + action
+    value = nets["critic"](x).squeeze(-1)
+    return ((length - value) * scores).mean() + F.mse_loss(value, length)
+
+
+def of_two_parts(nets: nn.ModuleDict, x: Tensor) -> Tensor:
+    hidden = nets["policy"](x)
+    which, how = Categorical(logits=hidden[:, :2]), Normal(hidden[:, 2], 1.0)
+    first, second = which.sample(), how.sample()
+    advantage = reward_of(x, first) + second - nets["critic"](x).flatten()
+    score = which.log_prob(first) + how.log_prob(second)
+    return -(score * advantage / 10).sum() + advantage.square().mean()
+
+
+BAD: list[Loss] = [categorical, normalised_ratio, step_by_step, summed_over_an_episode, of_two_parts]
 
 
 def detached(nets: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -110,7 +130,24 @@ def sampled_mask(nets: nn.ModuleDict, x: Tensor) -> Tensor:
     return (keep.log_prob(drawn).sum(1) * (error.detach() - error.mean().detach())).mean() + error.mean()
 
 
+def reward_inside_the_score(nets: nn.ModuleDict, x: Tensor) -> Tensor:
+    policy = Categorical(logits=nets["policy"](x))
+    action = policy.sample()
+    value = nets["critic"](x).squeeze(1)
+    soft = policy.log_prob(action) + nets["gate"](x).squeeze(1)
+    return (soft * (reward_of(x, action) - value)).mean() + (value - x[:, 0]).square().mean()
+
+
+def summed_and_detached(nets: nn.ModuleDict, x: Tensor) -> Tensor:
+    policy = Categorical(logits=nets["policy"](x))
+    scores = sum(policy.log_prob(policy.sample()) for _ in range(3))
+    value = nets["critic"](x).squeeze(1)
+    return -(scores * (x[:, 0] - value.detach())).mean() + F.mse_loss(value, x[:, 0])
+
+
 GOOD: list[Loss] = [
+    reward_inside_the_score,
+    summed_and_detached,
     detached,
     soft_actor,
     expected_over_actions,

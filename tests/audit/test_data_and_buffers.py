@@ -166,6 +166,63 @@ def test_state_that_decays_or_gathers_is_well(watched: Any) -> None:
     assert codes(audit) == []
 
 
+# ---- data that a loss written by hand changes
+
+
+def scaled_and_bounded(out: Tensor, item: dict[str, Tensor]) -> Tensor:
+    return (out.squeeze(1) - item["reward"].clamp_(min=-5).mul_(1.5)).square().mean()
+
+
+def scaled_before(out: Tensor, item: dict[str, Tensor]) -> Tensor:
+    rewards = item["reward"]
+    rewards /= 10.0
+    return F.softplus(rewards - out.squeeze(1)).mean()
+
+
+def bounded_alone(out: Tensor, item: dict[str, Tensor]) -> Tensor:
+    return (out.squeeze(1) - item["reward"].clamp_(-0.5, 0.5)).square().mean()
+
+
+def a_new_tensor(out: Tensor, item: dict[str, Tensor]) -> Tensor:
+    return (out.squeeze(1) - item["reward"].clamp(min=-5).mul_(1.5)).square().mean()
+
+
+def weights_that_age(out: Tensor, item: dict[str, Tensor]) -> Tensor:
+    item["weight"].mul_(0.9)
+    return (item["weight"] * (out.squeeze(1) - item["reward"]).square()).mean()
+
+
+def an_average_of_each(out: Tensor, item: dict[str, Tensor]) -> Tensor:
+    item["mean"].mul_(0.9).add_(0.1 * item["reward"])
+    return (out.squeeze(1) - item["mean"]).square().mean()
+
+
+def _replayed(watched: Any, loss_of: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> list[str]:
+    model = net()
+    optimizer = Adam(model.parameters(), lr=0.01)
+    order = torch.Generator().manual_seed(2)
+    buffer = [{"x": torch.randn(6, 4), "reward": torch.randn(6), "weight": torch.ones(6)} for _ in range(4)]
+    buffer = [item | {"mean": torch.ones(6)} for item in buffer]
+    with watched(model, optimizer) as audit:
+        for _ in range(18):
+            item = buffer[int(torch.randint(0, 4, (), generator=order))]
+            optimizer.zero_grad()
+            loss_of(model(item["x"]), item).backward()
+            optimizer.step()
+            audit.step()
+    return codes(audit)
+
+
+@pytest.mark.parametrize("loss_of", [scaled_and_bounded, scaled_before])
+def test_rewards_of_a_replay_buffer_that_a_loss_changes_are_told(watched: Any, loss_of: Any) -> None:
+    assert _replayed(watched, loss_of) == ["SL866"]
+
+
+@pytest.mark.parametrize("loss_of", [bounded_alone, a_new_tensor, weights_that_age, an_average_of_each])
+def test_what_a_loss_may_do_to_its_items_is_well(watched: Any, loss_of: Any) -> None:
+    assert _replayed(watched, loss_of) == []
+
+
 # ---- buffers that move in evaluation
 
 

@@ -19,6 +19,9 @@ from safeloop.faults import Fault
 
 _SCALES = frozenset(("mul_", "div_", "__imul__", "__itruediv__", "multiply_", "divide_", "true_divide_"))
 _SHIFTS = frozenset(("add_", "sub_", "__iadd__", "__isub__", "subtract_"))
+_CLAMPS = frozenset(("clamp_", "clip_"))
+_DIFFERENCES = frozenset(("sub", "__sub__", "rsub", "__rsub__"))
+"""What is differentiated is compared with a target so, in a loss that is written by hand."""
 _INPUTS = frozenset(
     (
         *("conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "__matmul__", "lstm", "gru", "bmm"),
@@ -31,6 +34,8 @@ _ONE_ALONE = 3
 """So often must a tensor come again that is the only one, of several operations"""
 _MOST = 10**6
 """Elements of a sample that are kept."""
+_SHORT = 64
+"""Elements of a tensor of one dimension that are kept"""
 _CONSTANT = 4096
 """Elements of a mean or a scale that are compared"""
 
@@ -54,10 +59,10 @@ class DataChangedInPlace(CallCheck):
 
     ## What it does
     Notes lines that multiply, divide or shift a tensor in place by constants, where the tensor then goes into a layer
-    or a loss. Speaks where the same tensor comes again in a later step with the very values that the step before had
-    left, and the same is done to it again: for two tensors or more, or three times to one that is scaled and shifted.
-    Batches that are collated afresh, buffers that are filled again, and parameters are left alone. Cost: a copy of one
-    sample of each such tensor, on steps that are looked at in depth.
+    or a loss, or what is differentiated is compared with it. Speaks where the same tensor comes again in a later step
+    with the very values that the step before had left, and the same is done to it again: for two tensors or more, or
+    three times to one that is scaled and shifted. Batches that are collated afresh, buffers that are filled again, and
+    parameters are left alone. Cost: a copy of one sample of each such tensor, on steps that are looked at in depth.
 
     ## Why it is bad
     `x.div_(255)` writes into the memory of the data set. In each epoch the data is divided once more, until all of it
@@ -90,7 +95,7 @@ class DataChangedInPlace(CallCheck):
 
     code = "SL866"
     title = "data changed in place again and again"
-    hears = _SCALES | _SHIFTS | _INPUTS
+    hears = _SCALES | _SHIFTS | _CLAMPS | _INPUTS | _DIFFERENCES
 
     def __init__(self) -> None:
         self._now = -1
@@ -108,8 +113,8 @@ class DataChangedInPlace(CallCheck):
         """At data that comes again as it was left, where it goes into the model."""
         if not call.tensors:
             return
-        if call.name in _INPUTS:
-            if self._open:
+        if call.name in _INPUTS or call.name in _DIFFERENCES:
+            if self._open and (call.name in _INPUTS or (isinstance(call.out, Tensor) and call.out.requires_grad)):
                 for tensor in call.tensors:
                     yield from self._used(tensor, call.tape.first_node)
             return
@@ -126,8 +131,7 @@ class DataChangedInPlace(CallCheck):
             visit = self._open[pointer] = _Visit(tensor, call.site, step)
             if not _is_as_left(self._kept.get(pointer), tensor):
                 self._kept.pop(pointer, None)
-        other = call.args[1] if len(call.args) == 2 and not call.kwargs else None
-        visit.operations.append((call.name, _constant(other), call.site))
+        visit.operations.append((call.name, _operand(call), call.site))
 
     def _begin(self, step: int, site: Site | None) -> None:
         before = self._steps.get(site, (-1, -1))[1]
@@ -179,6 +183,16 @@ class DataChangedInPlace(CallCheck):
         )
 
 
+def _operand(call: Call) -> Any:
+    """What a tensor is multiplied with or shifted by, or its bounds; None where that is no constant."""
+    if call.name in _CLAMPS:
+        bounds = [*call.args[1:], *call.kwargs.values()]
+        names = ["min", "max"][: len(call.args) - 1] + list(call.kwargs)
+        is_plain = all(bound is None or isinstance(bound, (int, float)) for bound in bounds)
+        return dict(zip(names, bounds, strict=True)) if is_plain else None
+    return _constant(call.args[1]) if len(call.args) == 2 and not call.kwargs else None
+
+
 def _constant(other: Any) -> Any:
     """A number, or the values of a small tensor; None for what is no constant."""
     if isinstance(other, (int, float)):
@@ -198,10 +212,9 @@ def _is_repeated(one: _Visit, other: _Visit) -> bool:
     tensor = other.tensor()
     if tensor is None or not tensor.shape[0] or any(_differs_by_row(c, tensor) for _, c, _ in other.operations):
         return False
-    expected = one.sample.clone()
+    expected, now = one.sample.clone(), _first(tensor)
     for name, constant, _ in other.operations:
-        expected = getattr(expected, name)(constant)
-    now = tensor[:1].detach()
+        expected = expected.clamp_(**constant) if name in _CLAMPS else getattr(expected, name)(constant)
     return torch.allclose(expected, now, equal_nan=True) and not torch.equal(now, one.sample)
 
 
@@ -221,5 +234,10 @@ def _differs_by_row(constant: Any, tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor | None:
-    first = tensor[:1].detach()
+    first = _first(tensor)
     return first.clone() if first.numel() <= _MOST else None
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """The first sample of a batch, or the first ones of numbers."""
+    return tensor[: 1 if tensor.dim() > 1 else _SHORT].detach()

@@ -12,9 +12,11 @@ from safeloop.autograd.sites import Site
 
 _OFF = ("no_grad", "inference_mode")
 _ABOUT_TRAINING = re.compile(
-    r"freez|froz|thaw|grad|tun(e|ing)|train(able)?_|_train|detach|stop|warm|updates|step|epoch|iter|phase|stage|probe",
+    r"freez|froz|thaw|grad|tun(e|ing)|train(able)?_|_train|detach|stop|warm|updates|step|epoch|iter|phase|stage|probe|"
+    r"fix|learn|backprop|extract|lock",
     re.I,
 )
+_ASKS_THE_MODE = re.compile(r"\bis_grad_enabled\b")
 _NO_SWITCH = re.compile(r"\bNone\b|isinstance|__name__|\bself\.training\b")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -65,6 +67,7 @@ def _is_about_training(test: ast.expr, around: Sequence[ast.AST]) -> bool:
     """Whether a condition is, by its names and those that it was made of, one about what is trained when."""
     names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
     texts = [ast.unparse(value) for value in (test, *(v for name in names for v in _values_of(name, around)))]
+    texts = [_ASKS_THE_MODE.sub("", text) for text in texts]  # `flag and torch.is_grad_enabled()` is about the flag
     return not _NO_SWITCH.search(texts[0]) and any(_ABOUT_TRAINING.search(text) for text in texts)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import ClassVar
+from weakref import ref
 
 from torch import Tensor, nn
 
+from safeloop.autograd.opnames import writes_to
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.autograd.writes import storage_pointer
@@ -18,21 +20,30 @@ from safeloop.faults import Fault
 
 _SCALES = ("mul_", "__imul__", "_foreach_mul_")
 _ADDS = ("add_", "_foreach_add_")
-_LERPS = ("lerp_", "_foreach_lerp_")
+_LERPS = ("lerp_", "_foreach_lerp_", "lerp")
 _LOADS = ("copy_",)
+_PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
+_SUMS = ("add", "__add__", "__radd__")
+_EXACT = 1e-6
+_KEPT = 8
+"""Products that are remembered: the two that an average adds."""
+
+_Place = tuple[int, int, tuple[int, ...]]
 
 
 class CopyOfItself(CallCheck):
     """An average or a saved state of the weights lies in the same memory as the weights.
 
     ## What it does
-    Listens for in-place operations that mix a weight with itself, or copy it onto itself, on the steps that are looked
-    at in depth. Speaks at the second mix on a line, and when a load has copied every weight of the model onto itself.
+    Listens for averages that mix a weight with itself, and for copies of it onto itself, on the steps that are looked
+    at in depth. Speaks at the second mix of a weight, when a load has copied every weight of the model onto itself, and
+    when a line that copies nothing else does so to some of them for the second time.
 
     ## Why it is bad
     `model.state_dict()` returns the weights themselves, not copies. An average kept in it writes into the weights that
     train: `shadow.mul_(0.99).add_(weight, alpha=0.01)` shrinks them on every step. A "best" state kept so is always the
-    latest one, and loading it does nothing.
+    latest one, and loading it does nothing. A target network that is the trained one has nothing to follow; one that
+    loads its own state stays what it was at first.
 
     ## Bad
     ```python
@@ -65,63 +76,126 @@ class CopyOfItself(CallCheck):
             audit.step()
     ```
     ## Fix
-    Copy: `copy.deepcopy(model.state_dict())`, or `.clone()` each value.
+    Copy: `copy.deepcopy(model.state_dict())`, or `.clone()` each value. Load a target from the network that it follows:
+    `target.load_state_dict(online.state_dict())`.
 
     ## Source
-    https://github.com/thunlp/OpenKE/pull/131; https://github.com/zhangj111/astnn/issues/8.
+    https://github.com/thunlp/OpenKE/pull/131; https://github.com/zhangj111/astnn/issues/8;
+    https://github.com/thesouther/MARL/issues/8.
     """
 
     code = "SL318"
     title = "copy of the weights is the weights"
     severity = "warning"
-    hears: ClassVar[frozenset[str]] = frozenset((*_SCALES, *_ADDS, *_LERPS, *_LOADS))
+    hears: ClassVar[frozenset[str]] = frozenset((*_SCALES, *_ADDS, *_LERPS, *_LOADS, *_PRODUCTS, *_SUMS))
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names: dict[int, str] = {}
         self._scaled: tuple[int, float] = (0, 0.0)
         """what was multiplied last, and by what"""
-        self._times: Counter[Site | None] = Counter()
-        self._loaded: dict[Site | None, set[str]] = {}
+        self._products: deque[tuple[ref[Tensor], _Place, float]] = deque(maxlen=_KEPT)
+        """results of `factor * tensor`, with the place of the tensor"""
+        self._times: Counter[tuple[Site | None, str]] = Counter()
+        self._loads: dict[Site | None, Counter[str]] = {}
+        self._copying: set[Site | None] = set()
+        """lines that copy other values too"""
         self._told: set[Site | None] = set()
 
     def hear(self, call: Call) -> Iterator[Fault]:
-        """At the second mix on a line, or the load of the last weight."""
-        if call.name in _SCALES:
+        """At the second mix of a weight, or the load of the last one."""
+        if call.name in _PRODUCTS:
+            self._multiplied(call)
+        elif call.name in _SCALES:
             self._scaled = _first_pointer(call.args[0]), _number(call.args[1] if len(call.args) > 1 else None)
+        elif call.name in _LOADS:
+            yield from self._copied(call)
+        elif places := self._mixed(call):
+            yield from self._mix(call, places)
+
+    def _multiplied(self, call: Call) -> None:
+        out, tensors = call.out, call.tensors
+        if len(tensors) != 1 or len(call.args) != 2 or not isinstance(out, Tensor) or out.requires_grad:
             return
-        if len(call.args) < 2 or not (pairs := list(_same(call.args[0], call.args[1]))):
-            return
-        if call.name in _ADDS and not self._is_average(call):
-            return  # a decay by hand, `w.add_(w, alpha=-decay)`
-        self._names = {storage_pointer(p): name for name, p in self._model.named_parameters()}
-        names = [self._names[storage_pointer(tensor)] for tensor in pairs if storage_pointer(tensor) in self._names]
+        factor = _number(call.args[0] if tensors[0] is call.args[1] else call.args[1])
+        self._products.append((ref(out), _place(tensors[0]), factor))
+
+    def _mixed(self, call: Call) -> list[int]:
+        """Where the tensors lie that an average mixes with themselves."""
+        if len(call.args) < 2:
+            return []
+        one, other = call.args[:2]
+        if call.name in _LERPS:
+            return list(_same(one, other))
+        alpha = _number(call.kwargs.get("alpha", 1))
+        product = self._product_of(other)
+        if call.name in _SUMS:
+            first = self._product_of(one)
+            if first is None or product is None or first[0] != product[0]:
+                return []
+            return [first[0][0]] if abs(first[1] + alpha * product[1] - 1) < _EXACT else []
+        pointer, share = self._scaled
+        if pointer != _first_pointer(one):
+            return []  # a decay by hand, `w.add_(w, alpha=-decay)`
+        if product is not None:
+            is_same = isinstance(one, Tensor) and product[0] == _place(one)
+            return [pointer] if is_same and abs(share + alpha * product[1] - 1) < _EXACT else []
+        return list(_same(one, other)) if abs(share + alpha - 1) < _EXACT else []
+
+    def _product_of(self, value: object) -> tuple[_Place, float] | None:
+        return next(((place, factor) for out, place, factor in self._products if out() is value), None)
+
+    def _mix(self, call: Call, places: list[int]) -> Iterator[Fault]:
+        names = self._known(places)
         if not names or call.site in self._told:
             return
-        if call.name in _LOADS:
-            loaded = self._loaded.setdefault(call.site, set())
-            loaded.update(names)
-            if len(self._names) > 1 and loaded >= set(self._names.values()):
-                self._told.add(call.site)
-                yield self._load(call.site, sorted(loaded))
-            return
-        self._times[call.site] += 1
-        if self._times[call.site] == 2:
+        key = call.site, names[0]  # after a first `avg[k] = m * avg[k] + (1 - m) * w` what is kept is no weight
+        self._times[key] += 1
+        if self._times[key] == 2:
             self._told.add(call.site)
             yield self.fault(
                 f"{listed(names)} is mixed with itself: what is updated here shares its memory with the weight",
-                where=at(call.site, "an update in place"),
-                why="`state_dict()` and `.data` give the weights themselves, not copies: the average writes into the "
-                "weights that train, and changes them on every step",
-                fix="begin with copies: `copy.deepcopy(model.state_dict())`, or `.clone()` each value",
+                where=at(call.site, "an update"),
+                why="`state_dict()` and `.data` give the weights themselves, not copies, and so does a second name for "
+                "a network: the average is one of the weights that train with themselves",
+                fix="begin with copies: `copy.deepcopy(model)` or `copy.deepcopy(model.state_dict())`, or `.clone()` "
+                "each value",
                 names=names,
             )
 
-    def _is_average(self, call: Call) -> bool:
-        """Whether the weights of a product before and of this sum make one."""
-        pointer, factor = self._scaled
-        alpha = _number(call.kwargs.get("alpha", 1))
-        return pointer == _first_pointer(call.args[0]) and abs(factor + alpha - 1) < 1e-6
+    def _known(self, places: list[int]) -> list[str]:
+        self._names = {storage_pointer(p): name for name, p in self._model.named_parameters()}
+        return [self._names[place] for place in places if place in self._names]
+
+    def _copied(self, call: Call) -> Iterator[Fault]:
+        site = call.site
+        if len(call.args) < 2 or site in self._told:
+            return
+        pairs = list(_same(*call.args[:2]))
+        if not pairs:
+            self._copying.add(site)
+            return
+        if writes_to(call.tape.maker(call.args[1])):  # `p.copy_(p.clamp_(-1, 1))`
+            return
+        loads = self._loads.setdefault(site, Counter())
+        loads.update(names := self._known(pairs))
+        if len(self._names) > 1 and loads.keys() >= set(self._names.values()):
+            self._told.add(site)
+            yield self._load(site, sorted(loads))
+        elif any(loads[name] > 1 for name in names) and site not in self._copying:
+            self._told.add(site)
+            yield self._own(site, list(loads))
+
+    def _own(self, site: Site | None, names: list[str]) -> Fault:
+        return self.fault(
+            f"weights are copied onto themselves, again and again: {listed(names)}",
+            where=at(site, "load_state_dict"),
+            why="what is loaded here is the network's own state, not that of another: the copy changes nothing, and a "
+            "target network stays what it was",
+            fix="load the state of the network that it is to follow: `target.load_state_dict(online.state_dict())`; "
+            "keep a state for later by `copy.deepcopy(model.state_dict())`",
+            names=names,
+        )
 
     def _load(self, site: Site | None, names: list[str]) -> Fault:
         return self.fault(
@@ -134,8 +208,8 @@ class CopyOfItself(CallCheck):
         )
 
 
-def _same(first: object, second: object) -> Iterator[Tensor]:
-    """The tensors of the first argument that the second one has in the same place of memory."""
+def _same(first: object, second: object) -> Iterator[int]:
+    """Where the tensors of the first argument lie that the second one has in the same place of memory."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         pairs: list[tuple[object, object]] = [(first, second)]
     elif isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
@@ -143,11 +217,15 @@ def _same(first: object, second: object) -> Iterator[Tensor]:
     else:
         return
     for one, other in pairs:
-        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one is other:
-            continue
-        pointer = storage_pointer(one) if one.shape == other.shape else 0
-        if pointer and pointer == storage_pointer(other) and one.storage_offset() == other.storage_offset():
-            yield one
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
+            place = _place(one)
+            if place[0] and place == _place(other):
+                yield place[0]
+
+
+def _place(tensor: Tensor) -> _Place:
+    """Where a tensor lies: its storage, and the part of it."""
+    return storage_pointer(tensor), int(tensor.storage_offset()), tuple(tensor.shape)
 
 
 def _first_pointer(value: object) -> int:

@@ -29,6 +29,8 @@ _SHAPED = (
 )
 _OF_SCORES = (*_SHAPED, "Sum", "Mul", "Div", "Add", "Sub", "Exp", "Clamp")
 """What leads from the log-probability of an action to the factor of an advantage, also of a ratio; one live argument"""
+_OF_STEPS = ("Stack", "Cat", "Add")
+"""What joins those of the steps of an episode, or of the parts of an action."""
 _OF_ADVANTAGES = (*_SHAPED, "Mul", "Div", "Add", "Sub")
 """What leads from a difference to an advantage: discounted sums, and a normalisation"""
 _MOST = 256
@@ -132,7 +134,7 @@ class PolicyTrainsBaseline(CallCheck):
     def _multiplied(self, call: Call, number: int) -> None:
         for side, (advantage, score) in enumerate((call.tensors, call.tensors[::-1])):
             own = call.tape.live(advantage) & ~call.tape.live(score)
-            if not own or _led_to(self._scores, score, _OF_SCORES, is_single=True) is None:
+            if not own or not _is_of_scores(self._scores, score):
                 continue
             made = _led_to(self._differences, advantage, _OF_ADVANTAGES)
             if made is not None:
@@ -176,8 +178,8 @@ def _is_of_two(call: Call) -> bool:
     return all(bool(t.min() != t.max()) for t in fixed if t.is_floating_point())
 
 
-def _led_to(ends: Container[int], tensor: Tensor, kinds: Container[str], *, is_single: bool = False) -> int | None:
-    """The end that nodes of some kinds lead to from a tensor; `is_single`: products and sums with constants alone."""
+def _led_to(ends: Container[int], tensor: Tensor, kinds: Container[str]) -> int | None:
+    """The end that nodes of some kinds lead to from a tensor."""
     waiting: list[Any] = [tensor.grad_fn]
     seen: set[Any] = set()
     while waiting and len(seen) < _MOST:
@@ -188,11 +190,38 @@ def _led_to(ends: Container[int], tensor: Tensor, kinds: Container[str], *, is_s
         number = int(node._sequence_nr())
         if number in ends:
             return number
-        ways = [way for way, _ in node.next_functions if way is not None]
-        kind = node.name().partition("Backward")[0]
-        if kind in kinds and (not is_single or len(ways) == 1 or kind in ("Stack", "Cat")):
-            waiting += ways
+        if _kind(node) in kinds:
+            waiting += _ways(node)
     return None
+
+
+def _is_of_scores(scores: Container[int], tensor: Tensor) -> bool:
+    """Whether a tensor is made of log-probabilities and constants alone; the steps of an episode may be added up."""
+    waiting: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = set()
+    while waiting and len(seen) < _MOST:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node is None:
+            return False
+        if int(node._sequence_nr()) in scores:
+            continue
+        ways, kind = _ways(node), _kind(node)
+        if kind not in _OF_SCORES or not (len(ways) == 1 or kind in _OF_STEPS):
+            return False
+        waiting += ways
+    return not waiting
+
+
+def _kind(node: Any) -> str:
+    name: str = node.name()
+    return name.partition("Backward")[0]
+
+
+def _ways(node: Any) -> list[Any]:
+    return [way for way, _ in node.next_functions if way is not None]
 
 
 def _without(roots: Iterable[Tensor], sides: dict[int, int]) -> tuple[list[int], set[int]]:

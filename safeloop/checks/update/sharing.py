@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from safeloop.checks.check import EventCheck
 from safeloop.checks.events import Backward, Event, GradientUse, LoopState, Update, Zero
 from safeloop.checks.source import at
+from safeloop.checks.update.passing import between, prepared_for, remedy
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
@@ -18,8 +19,9 @@ class GradientsMixed(EventCheck):
     ## What it does
     Looks at the backward passes that a step uses: whether another optimizer was stepped between the first and the last
     of them, for the first one. Speaks at the second such step, if the first loss came through these parameters on its
-    way to the other's, or the last loss reaches the other's too. An encoder that gathers the gradients of several
-    heads, each with an optimizer of its own, is well.
+    way to the other's, or the last loss reaches the other's too. A warning where nothing was stepped between them, but
+    each pass followed the `zero_grad()` of one optimizer only, and the second comes through the first one's parameters.
+    An encoder that gathers the gradients of several heads, each with an optimizer of its own, is well.
 
     ## Why it is bad
     The loss that trains one network leaves its gradients in another one on its way. When that one is stepped next, it
@@ -70,6 +72,7 @@ class GradientsMixed(EventCheck):
 
     def __init__(self) -> None:
         self._times: Counter[str] = Counter()
+        self._prepared: Counter[str] = Counter()
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the second step of an owner on passes between which another owner was stepped."""
@@ -77,14 +80,15 @@ class GradientsMixed(EventCheck):
             return
         owned = state.owners[event.owner] & state.held.keys()
         fresh = {n: state.held[n].passes[state.held[n].used :] for n in sorted(owned) if not state.held[n].is_manual}
-        mixed = {name: passes for name, passes in fresh.items() if _between(passes, event.owner, state)}
+        mixed = {name: passes for name, passes in fresh.items() if between(passes, event.owner, state)}
         if not mixed:
+            yield from self._see_prepared(event, fresh, state)
             return
         self._times[event.owner] += 1
         if self._times[event.owner] != 2:
             return
         passes = next(iter(mixed.values()))
-        other = _between(passes, event.owner, state)
+        other = between(passes, event.owner, state)
         assert other is not None
         yield self.fault(
             f"`{event.owner}` steps on gradients of two losses, and `{other.owner}` was stepped between them: "
@@ -93,44 +97,28 @@ class GradientsMixed(EventCheck):
             f"{at(passes[-1].site, 'unknown')}",
             why=f"the loss that `{other.owner}` is trained by also reaches `{event.owner}`: what it left in `.grad` is "
             "applied together with the loss that was meant",
-            fix=_remedy(passes[0], event.owner, other.owner, state),
+            fix=remedy(passes[0], event.owner, other.owner, state),
             names=tuple(mixed),
         )
 
-
-def _between(passes: list[Backward], owner: str, state: LoopState) -> Update | None:
-    """The step of another owner between two passes that begin on different lines, the first of which was for it."""
-    if len(passes) < 2 or len({p.site for p in passes}) < 2:
-        return None
-    numbers = {id(e): i for i, e in enumerate(state.recent)}
-    if id(passes[0]) not in numbers or id(passes[-1]) not in numbers:
-        return None
-    last = numbers[id(passes[-1])]
-    after = {e.owner for e in state.recent[last + 1 :] if isinstance(e, Update)}
-    for event in state.recent[numbers[id(passes[0])] + 1 : last]:
-        if not isinstance(event, Update) or event.owner == owner or event.owner in after:
-            continue
-        theirs = state.owners[event.owner]
-        if not passes[0].reached & theirs:
-            continue
-        if passes[-1].reached & theirs or _comes_through(passes[0], state.owners[owner], theirs):
-            return event
-    return None
-
-
-def _remedy(first: Backward, owner: str, other: str, state: LoopState) -> str:
-    """What to write: a loss that must go through the one to train the other is not to be detached."""
-    zero = f"call `zero_grad()` of `{owner}` right before its own backward pass"
-    if _comes_through(first, state.owners[owner], state.owners[other]):
-        return f"{zero}, after that of `{other}`"
-    return f"detach what `{owner}` made before it enters the loss of `{other}`, or {zero}"
-
-
-def _comes_through(passed: Backward, mine: frozenset[str], theirs: frozenset[str]) -> bool:
-    """Whether a loss goes through all of one owner's parameters before it comes to some of the other's."""
-    near = [low for name, (low, _) in passed.used_at.items() if name in mine]
-    far = [high for name, (_, high) in passed.used_at.items() if name in theirs]
-    return bool(near and far) and min(near) > min(far)
+    def _see_prepared(self, event: Update, fresh: dict[str, list[Backward]], state: LoopState) -> Iterator[Fault]:
+        found = {name: other for name, p in fresh.items() if (other := prepared_for(p, event.owner, state))}
+        self._prepared[event.owner] += bool(found)
+        if not found or self._prepared[event.owner] != 2:
+            return
+        name, other = next(iter(found.items()))
+        passes = fresh[name]
+        yield self.fault(
+            f"`{event.owner}` steps on gradients of two losses, the second of which was for `{other}`: {listed(found)}",
+            where=f"{at(event.site, 'its step')}; the first backward pass: {at(passes[0].site, 'unknown')}; the last: "
+            f"{at(passes[-1].site, 'unknown')}",
+            why=f"the loss that `{other}` is trained by comes through `{event.owner}`: what it leaves in `.grad` there "
+            "is applied together with the loss that was meant",
+            fix=f"step `{event.owner}` before the second loss, or freeze its parameters for that loss by "
+            f"`requires_grad_(False)`; `backward(inputs=...)` fills those of `{other}` only",
+            severity="warning",
+            names=tuple(found),
+        )
 
 
 class LossCountedTwice(EventCheck):
