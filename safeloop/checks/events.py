@@ -77,6 +77,8 @@ class Clip(Event):
     """whether there was no gradient at all; without parameters and unknown ones: whether it was given none"""
     unknown: int = 0
     """parameters that nobody has named"""
+    coefficient: Tensor | None = None
+    """what every gradient was multiplied by, where that is one number"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -177,6 +177,7 @@ FILES: dict[str, str] = {
     "SL673": "update/backwards.py",  # AverageGoesBackwards
     "SL674": "update/rounded.py",  # UpdatesRoundAway (warning)
     "SL675": "update/masked.py",  # MaskedButMoving (warning)
+    "SL676": "update/clip_windows.py",  # ClippedInsideWindow (warning)
     "SL680": "update/schedule_first.py",  # ScheduleMovedFirst (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric

@@ -48,6 +48,7 @@ from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.backwards import AverageGoesBackwards
 from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.clip_windows import ClippedInsideWindow
 from safeloop.checks.update.closure import ClosureComputesNothing
 from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
@@ -215,6 +216,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ScaledUpdate(),
         ScaleUpdatedTooEarly(),
         ClipWithoutEffect(),
+        ClippedInsideWindow(),
         ScheduleBeforeStep(),
         ScheduleMovedFirst(),
         ScheduleOfAnotherOptimizer(),
