@@ -30,6 +30,7 @@ from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
 from safeloop.checks.setup.keys import GroupKeyIgnored
+from safeloop.checks.setup.late_freezing import LateFreezing
 from safeloop.checks.setup.loop_owners import LoopOwners
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
 from safeloop.checks.setup.ownership import ParameterOwnedTwice, UnownedParameter
@@ -212,6 +213,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         GradientsForNobody(model),
         FrozenButMoving(),
         FrozenDuringTraining(),
+        LateFreezing(model),
         ClippedWhileScaled(),
         ScaledUpdate(),
         ScaleUpdatedTooEarly(),
