@@ -153,7 +153,7 @@ FILES: dict[str, str] = {
     "SL643": "update/skipped.py",  # EveryUpdateSkipped
     "SL644": "update/scaling.py",  # ScaleUpdatedTooEarly
     "SL645": "update/schedule_order.py",  # ScheduleBeforeStep
-    "SL646": "update/schedule_order.py",  # ScheduleOfAnotherOptimizer (warning)
+    "SL646": "update/schedule_owner.py",  # ScheduleOfAnotherOptimizer (warning)
     "SL647": "update/schedule_order.py",  # LearningRateZero
     "SL648": "graph/lifetime.py",  # StaleCasts
     "SL649": "update/windows.py",  # UnevenMicroBatches (warning)

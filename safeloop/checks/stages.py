@@ -59,7 +59,8 @@ from safeloop.checks.update.overwritten import TrainedAndOverwritten
 from safeloop.checks.update.rates import RateSetNowhere
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_first import ScheduleMovedFirst
-from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
+from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep
+from safeloop.checks.update.schedule_owner import ScheduleOfAnotherOptimizer
 from safeloop.checks.update.schedules import ScheduledTwice, ScheduleRunsOver
 from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
 from safeloop.checks.update.skipped import EveryUpdateSkipped
