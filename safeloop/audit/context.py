@@ -99,7 +99,7 @@ class Audit:
         if last is not None and not self._is_counted:
             self._tick = last.register_step_post_hook(lambda optimizer, *_: self._stepped(optimizer))
         known = [found for found in map(hookable, self.optimizers.values()) if found is not None]
-        self._stray = StrayOptimizers(self.model, known, self._handle, self._watch.broken)
+        self._stray = StrayOptimizers(self.model, known, self._watch.journal.state, self._handle, self._watch.broken)
         self._watch.dive()
         self._started = self._step, time.perf_counter()
         return self

@@ -149,11 +149,14 @@ class Hearing:
 
     def _gradients_in(self, call: Call) -> list[str]:
         """The parameters whose gradients the first argument holds."""
-        if not self._memory or not call.args:
+        return self._held_in(call.args[0] if call.args else None)
+
+    def _held_in(self, value: Any) -> list[str]:
+        """The parameters whose gradients these are."""
+        if not self._memory:
             return []
-        first = call.args[0]
         names = []
-        for tensor in (first,) if isinstance(first, Tensor) else first if isinstance(first, (list, tuple)) else ():
+        for tensor in (value,) if isinstance(value, Tensor) else value if isinstance(value, (list, tuple)) else ():
             pointer = _pointer(tensor)
             name = self._memory.get(pointer) if pointer else None
             if name is None:
@@ -174,7 +177,9 @@ class Hearing:
         given = values.get("parameters", ())
         tensors = [given] if isinstance(given, Tensor) else list(given) if isinstance(given, (list, tuple)) else []
         known = self._journal.names
-        names = frozenset(known[id(t)] for t in tensors if id(t) in known) or frozenset(self._gradients_in(call))
+        names = frozenset(known[id(t)] for t in tensors if id(t) in known)
+        names = names or frozenset(self._gradients_in(call))
+        names = names or frozenset(self._held_in(values.get("grads")))  # what it was given is a generator, and used up
         limit = float(values.get(key, float("inf")))
         self._journal.flush()
         held = [self._journal.state.held.get(name, Held()) for name in names]
@@ -182,9 +187,12 @@ class Hearing:
         is_known = any(h.passes or h.is_manual for h in held)
         are_zero = not is_known and all(is_zero(gradient) for gradient in gradients if gradient is not None)
         function = caller.f_code.co_name
+        coefficient = None
         if function == "_clip_grads_with_norm_":  # torch calls it for the user, mostly
             function = "clip_grad_norm_"
-        event = Clip(call.site, self._journal.iteration, function, limit, names, are_zero)
+            coefficient = call.out if isinstance(call.out, Tensor) else None
+        now = self._journal.iteration
+        event = Clip(call.site, now, function, limit, names, are_zero, coefficient=coefficient)
         self._journal.record(event)
 
     def _found_nothing(self, call: Call) -> None:

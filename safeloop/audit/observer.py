@@ -30,6 +30,7 @@ from safeloop.checks.graph.discarded import FunctionResultDiscarded
 from safeloop.checks.graph.functions import CustomGradientWrong
 from safeloop.checks.graph.functions_twice import SecondDerivativeOfFunctionWrong
 from safeloop.checks.penalties.unused import PenaltyNotInLoss
+from safeloop.checks.setup.late_freezing import LateFreezing
 from safeloop.checks.setup.ownership import ParameterAppearedLate
 from safeloop.checks.source import Place, at, place_of
 from safeloop.checks.stages import history_faults, trainer_call_checks
@@ -99,6 +100,7 @@ class StepAudit:
         self._evaluation = build_tape(model, [DropoutInEvaluation()], self._found.extend)
         self._guards = Guards(model, dict(model.named_parameters()), self._tape.writes)
         self._masks = MaskWatch(optimizers, self._tape.broken)
+        self._late_freezing = LateFreezing(model)
         self._starts: tuple[int, int] = (-1, 0)
         self._evaluations = 0
         self._is_deep = False
@@ -124,6 +126,8 @@ class StepAudit:
             holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
             methods = [named for thing in self._holders for named in methods_of(thing)]
             self.faults([*self._lifetimes.kept([*holders, *methods]), *self._aliases.kept(holders)], step)
+        if self._late_freezing.is_due(own):
+            self.faults(self._late_freezing.look(SetupView(self._model, self._ownership), own), step)
         if own + 1 in (FIRST_STEPS, LATE):
             self._tell_history(step, is_over=False)
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from safeloop.autograd.sites import user_site
+from safeloop.checks.events import LoopState
 from safeloop.checks.update.rebuilt import OptimizerBuiltAgain
 from safeloop.faults import Fault
 
@@ -21,15 +22,22 @@ class StrayOptimizers:
     Args:
         model: whose parameters they are.
         known: the optimizers that are watched.
+        state: learns of the line.
         handle: what becomes of faults.
         broken: takes errors of our own.
     """
 
     def __init__(
-        self, model: nn.Module, known: list[Optimizer], handle: Callable[[list[Fault]], None], broken: list[Exception]
+        self,
+        model: nn.Module,
+        known: list[Optimizer],
+        state: LoopState,
+        handle: Callable[[list[Fault]], None],
+        broken: list[Exception],
     ) -> None:
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._known: Any = weakref.WeakSet(known)
+        self._state = state
         self._check = OptimizerBuiltAgain()
         self._handle = handle
         self._broken = broken
@@ -47,7 +55,10 @@ class StrayOptimizers:
                 return
             held = (self._parameters.get(id(p)) for group in optimizer.param_groups for p in group["params"])
             names = [name for name in held if name is not None]
-            found = list(self._check.stepped(optimizer, names, user_site())) if names else []
+            if not names:
+                return
+            self._state.stray_step = site = user_site()
+            found = list(self._check.stepped(optimizer, names, site))
         except Exception as error:
             self._broken.append(error)
             return

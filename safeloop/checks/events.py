@@ -77,6 +77,8 @@ class Clip(Event):
     """whether there was no gradient at all; without parameters and unknown ones: whether it was given none"""
     unknown: int = 0
     """parameters that nobody has named"""
+    coefficient: Tensor | None = None
+    """what every gradient was multiplied by, where that is one number"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,5 +187,7 @@ class LoopState:
     optimizers: Mapping[str, Any] = field(default_factory=dict)
     name_of: Mapping[int, str] = field(default_factory=dict)
     """id of a parameter -> its name"""
+    stray_step: Site | None = None
+    """the line that stepped an optimizer last which is not watched, in the first iterations"""
     strangers: list[Stranger] = field(default_factory=list)
     """of the backward pass that is being told, no longer: they may be large"""

@@ -160,7 +160,7 @@ FILES: dict[str, str] = {
     "SL643": "update/skipped.py",  # EveryUpdateSkipped
     "SL644": "update/scaling.py",  # ScaleUpdatedTooEarly
     "SL645": "update/schedule_order.py",  # ScheduleBeforeStep
-    "SL646": "update/schedule_order.py",  # ScheduleOfAnotherOptimizer (warning)
+    "SL646": "update/schedule_owner.py",  # ScheduleOfAnotherOptimizer (warning)
     "SL647": "update/schedule_order.py",  # LearningRateZero
     "SL648": "graph/lifetime.py",  # StaleCasts
     "SL649": "update/windows.py",  # UnevenMicroBatches (warning)
@@ -184,6 +184,7 @@ FILES: dict[str, str] = {
     "SL673": "update/backwards.py",  # AverageGoesBackwards
     "SL674": "update/rounded.py",  # UpdatesRoundAway (warning)
     "SL675": "update/masked.py",  # MaskedButMoving (warning)
+    "SL676": "update/clip_windows.py",  # ClippedInsideWindow (warning)
     "SL680": "update/schedule_first.py",  # ScheduleMovedFirst (warning)
     # SL7: evaluation
     "SL701": "evaluation/metrics.py",  # BadMetric

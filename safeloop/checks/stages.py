@@ -30,6 +30,7 @@ from safeloop.checks.setup.containers import ModulesInPlainContainer
 from safeloop.checks.setup.copies import TiedByCopy
 from safeloop.checks.setup.freezing import FreezeWithoutEffect
 from safeloop.checks.setup.keys import GroupKeyIgnored
+from safeloop.checks.setup.late_freezing import LateFreezing
 from safeloop.checks.setup.loop_owners import LoopOwners
 from safeloop.checks.setup.made_anew import LayerMadeInForward
 from safeloop.checks.setup.optimizers import NothingToTrain, StaleOptimizer, is_stale
@@ -50,6 +51,7 @@ from safeloop.checks.terms.sums import PartOfSumWithoutGradient
 from safeloop.checks.terms.values import TermIsNotATensor, TermIsNotScalar, TermWeightsOfWrongShape
 from safeloop.checks.update.backwards import AverageGoesBackwards
 from safeloop.checks.update.clip_order import ClipWithoutEffect
+from safeloop.checks.update.clip_windows import ClippedInsideWindow
 from safeloop.checks.update.closure import ClosureComputesNothing
 from safeloop.checks.update.empty_steps import ClosureDiscardsGradients, SteppedAgain, StepWithoutGradients
 from safeloop.checks.update.freezing import FrozenButMoving, FrozenDuringTraining
@@ -59,7 +61,8 @@ from safeloop.checks.update.overwritten import TrainedAndOverwritten
 from safeloop.checks.update.rates import RateSetNowhere
 from safeloop.checks.update.scaling import ClippedWhileScaled, ScaledUpdate, ScaleUpdatedTooEarly
 from safeloop.checks.update.schedule_first import ScheduleMovedFirst
-from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep, ScheduleOfAnotherOptimizer
+from safeloop.checks.update.schedule_order import LearningRateZero, ScheduleBeforeStep
+from safeloop.checks.update.schedule_owner import ScheduleOfAnotherOptimizer
 from safeloop.checks.update.schedules import ScheduledTwice, ScheduleRunsOver
 from safeloop.checks.update.sharing import ClosureKeepsGradients, GradientsMixed, LossCountedTwice
 from safeloop.checks.update.skipped import EveryUpdateSkipped
@@ -215,10 +218,12 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         GradientsForNobody(model),
         FrozenButMoving(),
         FrozenDuringTraining(),
+        LateFreezing(model),
         ClippedWhileScaled(),
         ScaledUpdate(),
         ScaleUpdatedTooEarly(),
         ClipWithoutEffect(),
+        ClippedInsideWindow(),
         ScheduleBeforeStep(),
         ScheduleMovedFirst(),
         ScheduleOfAnotherOptimizer(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from torch import nn
 
@@ -26,6 +27,7 @@ class FreezeWithoutEffect(Check):
     method overwritten (`p.requires_grad_ = False`) and for `trainable = False` set from outside, where the parameters
     concerned do train. An attribute that the module's own class reads is a setting of that class and left alone.
     `module.requires_grad = True` on a module whose parameters are all frozen is the same mistake the other way round.
+    Looks before the first step, and a few times later for what a callback or a phase has set meanwhile.
 
     ## Why it is bad
     Python stores the attribute without a word, and the parameters go on training: a pretrained backbone is changed
@@ -65,11 +67,16 @@ class FreezeWithoutEffect(Check):
     severity = "warning"
 
     @classmethod
-    def find(cls, view: SetupView) -> Iterator[Fault]:
-        """One fault for each module, and one for each attribute that parameters carry."""
+    def find(cls, view: SetupView, *, is_late: bool = False) -> Iterator[Fault]:
+        """One fault for each module, and one for each attribute that parameters carry.
+
+        Once the loop runs, what a class of the model stores by itself may be a state, and is left out.
+        """
         for path, module in view.model.named_modules():
             for attribute, value in vars(module).items():
-                if _is_switch(attribute, value) and not _is_setting(view.model, module, attribute):
+                if not _is_switch(attribute, value) or _is_setting(view.model, module, attribute):
+                    continue
+                if not is_late or attribute not in stored_by(type(module)):
                     yield from cls._of_module(view, path, module, attribute, bool(value))
         yield from cls._of_parameters(view)
 
@@ -127,9 +134,14 @@ def _is_switch(attribute: str, value: object) -> bool:
     """Whether the attribute is `requires_grad`, a misspelling of it, or the Keras word for it."""
     if not isinstance(value, bool | int) or value not in (0, 1):
         return False
-    plain = attribute.lower().replace("_", "")
     if attribute == "trainable":
         return not value
+    return _is_like_requires_grad(attribute)
+
+
+@lru_cache(maxsize=4096)
+def _is_like_requires_grad(attribute: str) -> bool:
+    plain = attribute.lower().replace("_", "")
     return difflib.SequenceMatcher(None, plain, "requiresgrad").ratio() >= _NEAR
 
 

@@ -12,7 +12,7 @@ from safeloop.checks.source import at
 from safeloop.checks.wording import listed
 from safeloop.faults import Fault
 
-_MEASURES = 1000.0
+MEASURES = 1000.0
 """A limit above it is no limit: the call is there for the norm that it returns."""
 
 
@@ -80,7 +80,7 @@ class ClipWithoutEffect(EventCheck):
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """At the second clip that finds only gradients which a step has used already, or none."""
-        if isinstance(event, Clip) and event.limit <= _MEASURES and state.is_known:
+        if isinstance(event, Clip) and event.limit <= MEASURES and state.is_known:
             self._note_beside(event, state)
             yield from self._clipped(event, state)
         elif isinstance(event, Update) and self._beside is not None and self._waiting & state.owners[event.owner]:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that move at the wrong moment, or the wrong optimizer."""
+"""Learning-rate schedules that move at the wrong moment, or end at zero."""
 
 from __future__ import annotations
 
@@ -94,92 +94,6 @@ def _moved_since_backward(owner: str, state: LoopState) -> Schedule | None:
         if isinstance(earlier, Backward) and not state.owners[owner].isdisjoint(earlier.reached):
             return moved
     return None
-
-
-class ScheduleOfAnotherOptimizer(EventCheck):
-    """A schedule moves an optimizer that is not the one that steps.
-
-    ## What it does
-    Looks for schedules of the process whose optimizer is not watched and holds parameters of one that is. Speaks at the
-    second move of one whose optimizer was never stepped.
-
-    ## Why it is bad
-    A scheduler holds the optimizer that it was given. Where that was built again later, for a new group, after a change
-    of the model, the schedule moves the learning rate of the old object, and the new one keeps its first rate for ever.
-
-    ## Bad
-    ```python
-    import warnings
-
-    warnings.simplefilter("ignore")  # PyTorch's own, which asks for another order
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
-        for _ in range(6):
-            optimizer.zero_grad()
-            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
-            optimizer.step()
-            scheduler.step()
-            audit.step()
-    ```
-    ## Good
-    ```python
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
-    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
-        for _ in range(6):
-            optimizer.zero_grad()
-            F.mse_loss(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
-            optimizer.step()
-            scheduler.step()
-            audit.step()
-    ```
-    ## Fix
-    Build the scheduler after the optimizer, and again whenever the optimizer is built again.
-
-    ## Source
-    https://github.com/nianticlabs/manydepth/issues/46.
-    """
-
-    code = "SL646"
-    title = "schedule of another optimizer"
-    severity = "warning"
-
-    def __init__(self) -> None:
-        self._times: Counter[int] = Counter()
-
-    def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
-        """At the second move of a schedule whose optimizer shares parameters with a watched one, and never steps."""
-        if not isinstance(event, Schedule) or event.owner or event.was_updated:
-            return
-        self._times[id(event.scheduler)] += 1
-        if self._times[id(event.scheduler)] != 2 or not state.updates:
-            return
-        kind = type(event.scheduler).__name__
-        theirs = {id(p) for group in event.scheduler.optimizer.param_groups for p in group["params"]}
-        owner = next(
-            (
-                name
-                for name, optimizer in state.optimizers.items()
-                if any(id(p) in theirs for group in optimizer.param_groups for p in group["params"])
-            ),
-            None,
-        )
-        if owner is None:
-            return
-        yield self.fault(
-            f"{kind} moves the learning rate of an old optimizer that is never stepped; `{owner}`, which steps, holds "
-            "the same parameters and keeps its rate",
-            where=at(event.site, f"schedule {kind}"),
-            why="the optimizer was re-created after the scheduler had been built for it: a scheduler holds the object "
-            "that it was given",
-            fix="build the scheduler after the optimizer, and again whenever the optimizer is built again",
-            names=(owner,),
-        )
 
 
 _CYCLES = ("CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR")
