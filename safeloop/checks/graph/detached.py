@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,12 @@ from safeloop.faults import Fault
 
 _SUMS = frozenset(["add", "__add__", "__radd__", "add_", "__iadd__", "cat", "concat", "concatenate", "stack"])
 _SOFTMAX = frozenset(["softmax"])
+_LAYERS = frozenset(
+    [*("linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__"), *("layer_norm", "batch_norm", "group_norm")]
+)
+_OF_DATA = "layer of .data"
+_NEAR, _FAR = 64, 1000
+"""Nodes between the branches of a layer and what both are made of."""
 _PRODUCTS = frozenset(["matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm"])
 _WEIGHTS = "weights without a path"
 _KEPT = 200
@@ -29,7 +36,8 @@ class PathCutByData(CallCheck):
     Tells where `x.data` is added to, or concatenated with, something that is differentiated, and the same `x` goes on
     to the loss by another path; and where a softmax of `scores.data` weighs values that are differentiated, and the
     scores reach the loss in no other way: attention whose queries and keys do not learn, though the parameters that
-    they share with the values do. Differences such as `(q - x).data`, the straight-through estimator, and `.detach()`,
+    they share with the values do. Also where an inner module adds a trained layer of `x.data` to something that is
+    made of the same `x`. Differences such as `(q - x).data`, the straight-through estimator, and `.detach()`,
     which says what is meant, are not told. Cost: none beyond the tape of calls.
 
     ## Why it is bad
@@ -82,7 +90,7 @@ class PathCutByData(CallCheck):
     code = "SL314"
     title = "path cut by .data"
     severity = "warning"
-    hears = _SUMS | _SOFTMAX | _PRODUCTS
+    hears = _SUMS | _SOFTMAX | _PRODUCTS | _LAYERS
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[Site | None, str]] = {}
@@ -95,8 +103,28 @@ class PathCutByData(CallCheck):
         if call.name in _SOFTMAX:
             self._weigh(call)
         elif any(call.tape.live(t) for t in call.tensors):
-            self._remember(call)
+            if call.name in _LAYERS:
+                self._layer(call)
+            if call.name in _SUMS | _PRODUCTS:
+                self._remember(call)
         return iter(())
+
+    def _layer(self, call: Call) -> None:
+        """Mark what a trained layer makes of a `.data`."""
+        tape, given, out = call.tape, call.tensors[0], call.out
+        if isinstance(out, Tensor) and out.requires_grad and not given.requires_grad and tape.maker(given) == ".data":
+            mark = next((m for m in reversed(list(tape.marks_of(given))) if m.name == ".data"), None)
+            if mark is not None and not mark.is_difference and mark.module not in ("", "(root)"):
+                tape.mark(out, replace(mark, kind=_OF_DATA))
+
+    def _branches(self, call: Call) -> None:
+        """Remember a sum of such a branch and another one of the same tensor, in the same module."""
+        for tensor in call.tensors:
+            for mark in call.tape.marks_of(tensor):
+                if mark.kind != _OF_DATA or mark.module != call.tape.module or _has_node(tensor, mark.node, _FAR):
+                    continue
+                if any(_has_node(other, mark.node, _NEAR) for other in call.tensors if other is not tensor):
+                    self._found[int(mark.node or 0)] = (mark.site, mark.module)
 
     def _weigh(self, call: Call) -> None:
         cuts = [m for tensor in call.tensors[:1] for m in call.tape.marks_of(tensor) if m.kind == "cut"]
@@ -104,6 +132,8 @@ class PathCutByData(CallCheck):
             call.tape.mark(call.out, replace(cuts[0], kind=_WEIGHTS))
 
     def _remember(self, call: Call) -> None:
+        if call.name in _SUMS and len(call.tensors) > 1:
+            self._branches(call)
         for tensor in call.tensors:
             marks = list(call.tape.marks_of(tensor))
             if call.name in _PRODUCTS:
@@ -125,9 +155,8 @@ class PathCutByData(CallCheck):
             if node in numbers and place not in self._told:
                 self._told.add(place)
                 yield self.fault(
-                    "`.data` of a tensor is added to what is computed from it, and the tensor is "
-                    "differentiated by another "
-                    "path: one of its paths is cut",
+                    "`.data` of a tensor, or a layer of it, is added to what is computed from the tensor, which is "
+                    "differentiated by another path: one of its paths is cut",
                     where=place + (f"; module `{module}`" if module else ""),
                     why="`.data` returns the value without its history: the gradient of a residual or "
                     "skip connection is "
@@ -155,6 +184,21 @@ class PathCutByData(CallCheck):
                 )
         if len(self._weighed) > _KEPT:
             self._weighed.clear()
+
+
+def _has_node(tensor: Tensor, number: int | None, most: int) -> bool:
+    """Whether a tensor is made of what a node has made, not many operations before."""
+    waiting: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = set()
+    while waiting and len(seen) < most:
+        node = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node._sequence_nr() == number:
+            return True
+        waiting += [way for way, _ in node.next_functions]
+    return False
 
 
 def _covers(others: list[int], bits: int) -> bool:
