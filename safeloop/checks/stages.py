@@ -193,6 +193,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         UpdateThrownAway(model),
         AverageGoesBackwards(model),
         ThawedWithTheRest(model),
+        FrozenDuringTraining(model),
         BufferMovesInEvaluation(model),
         EvaluatedInTrainMode(model),
     ]
@@ -213,7 +214,6 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         UpdatedWithoutPart(),
         GradientsForNobody(model),
         FrozenButMoving(),
-        FrozenDuringTraining(),
         LateFreezing(model),
         ClippedWhileScaled(),
         ScaledUpdate(),
