@@ -14,6 +14,7 @@ from safeloop.checks.evaluation.forgotten import EvaluatedInTrainMode
 from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
 from safeloop.checks.evaluation.modes import GradModeLeftOff
 from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation, StatisticsLeftBehind
+from safeloop.checks.evaluation.switched_off import SwitchedOffByEvaluation
 from safeloop.checks.evaluation.trained import TrainedInEvaluation
 from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZero
 from safeloop.checks.gradients.history import History
@@ -236,6 +237,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ScheduledTwice(),
         ScheduleRunsOver(),
         TrainedInEvaluation(model),
+        SwitchedOffByEvaluation(model),
     ]
 
 
