@@ -200,6 +200,7 @@ FILES: dict[str, str] = {
     "SL721": "evaluation/statistics.py",  # StatisticsLeftBehind (warning)
     "SL722": "evaluation/modes.py",  # GradModeChangedInMetrics (warning)
     "SL723": "evaluation/buffers.py",  # BufferMovesInEvaluation (warning)
+    "SL724": "evaluation/switched_off.py",  # SwitchedOffByEvaluation (warning)
     # SL85: data and environment
     "SL851": "data/source.py",  # EmptyData
     "SL852": "data/source.py",  # BatchCannotMove

@@ -14,6 +14,7 @@ from safeloop.checks.evaluation.forgotten import EvaluatedInTrainMode
 from safeloop.checks.evaluation.left_in_eval import LeftInEvalMode
 from safeloop.checks.evaluation.modes import GradModeLeftOff
 from safeloop.checks.evaluation.statistics import FrozenStatistics, StatisticsFromValidation, StatisticsLeftBehind
+from safeloop.checks.evaluation.switched_off import SwitchedOffByEvaluation
 from safeloop.checks.evaluation.trained import TrainedInEvaluation
 from safeloop.checks.gradients.flow import AlwaysZero, NoGradient, TermAlwaysZero
 from safeloop.checks.gradients.history import History
@@ -197,6 +198,7 @@ def call_checks(model: nn.Module, frozen: frozenset[int]) -> list[CallCheck]:
         UpdateThrownAway(model),
         AverageGoesBackwards(model),
         ThawedWithTheRest(model),
+        FrozenDuringTraining(model),
         BufferMovesInEvaluation(model),
         EvaluatedInTrainMode(model),
     ]
@@ -217,7 +219,6 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         UpdatedWithoutPart(),
         GradientsForNobody(model),
         FrozenButMoving(),
-        FrozenDuringTraining(),
         LateFreezing(model),
         ClippedWhileScaled(),
         ScaledUpdate(),
@@ -240,6 +241,7 @@ def event_checks(model: nn.Module) -> list[EventCheck]:
         ScheduledTwice(),
         ScheduleRunsOver(),
         TrainedInEvaluation(model),
+        SwitchedOffByEvaluation(model),
     ]
 
 

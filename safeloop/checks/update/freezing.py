@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from safeloop.checks.check import EventCheck
+from torch import nn
+
+from safeloop.autograd.sites import Site, is_user_code
+from safeloop.autograd.tape import Call
+from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.events import Backward, Event, LoopState, Update, Zero
-from safeloop.checks.source import at
+from safeloop.checks.source import Place, at
 from safeloop.checks.update.steps import moves_without_gradient
 from safeloop.checks.wording import agree, listed
 from safeloop.faults import Fault
@@ -106,14 +110,22 @@ _WARM = 10
 """Steps of training after which a freeze is taken for the end of a warm-up."""
 
 
-class FrozenDuringTraining(EventCheck):
+_PASSING = frozenset(
+    ("save", "export", "dump", "checkpoint", "evaluate", "eval", "validate", "predict", "infer", "generate")
+)
+"""First words of functions that have no business with what is trained"""
+
+
+class FrozenDuringTraining(CallCheck, EventCheck):
     """Parameters that were trained are frozen in the middle, and stay frozen.
 
     ## What it does
     Notes which parameters had gradients in some steps and do not require grad in later ones. Speaks when the watch ends
     with parameters that were frozen for the last 3 steps or more, and never restored before: an alternation is well.
     Who sets the gradients of just these to None has frozen them on purpose, and is left alone.
-    Parameters that had trained for 10 steps or more were frozen for good by plan, a warm-up that is over: no fault.
+    Parameters that had trained for 10 steps or more were frozen for good by plan, a warm-up that is over: no fault,
+    unless it was seen that a function did it which saves or evaluates by its name, or that one which had frozen them
+    for a backward pass then set again what it had noted too late.
 
     ## Why it is bad
     Something set `requires_grad` to False during training, a probe or a phase of alternating training, and did not
@@ -155,8 +167,10 @@ class FrozenDuringTraining(EventCheck):
     code = "SL650"
     title = "frozen during training"
     severity = "warning"
+    hears = frozenset(("requires_grad_", ".requires_grad="))
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(p): name for name, p in model.named_parameters()}
         self._since: Counter[str] = Counter()
         self._first: dict[str, int] = {}
         self._trained: Counter[str] = Counter()
@@ -164,6 +178,33 @@ class FrozenDuringTraining(EventCheck):
         self._alternates: set[str] = set()
         self._were_frozen: set[str] = set()
         self._meant: set[str] = set()
+        self._passes = 0
+        self._frozen_at: dict[str, tuple[Site | None, int]] = {}
+        """the line that has frozen a parameter last, and the backward passes until then"""
+        self._slips: dict[str, Site | None] = {}
+        """parameters that nobody has frozen by plan, and the line that has"""
+        self._restored: set[str] = set()
+        """those of them that somebody meant to restore"""
+
+    def hear(self, call: Call) -> Iterator[Fault]:
+        """Note who freezes a parameter."""
+        name = self._names.get(id(call.args[0])) if call.args else None
+        if name is None:
+            return iter(())
+        if call.args[0].requires_grad:
+            self._frozen_at.pop(name, None)
+            self._slips.pop(name, None)
+            return iter(())
+        site, passes = self._frozen_at.get(name, (None, -1))
+        if passes < 0:
+            if _is_in_passing(call):
+                self._slips[name] = call.site
+        elif passes < self._passes and _restores(site, call.site):
+            self._slips[name] = call.site
+            self._restored.add(name)
+        if passes < 0 or call.site == site:
+            self._frozen_at[name] = call.site, self._passes
+        return iter(())
 
     def see(self, event: Event, state: LoopState) -> Iterator[Fault]:
         """Only notes."""
@@ -180,6 +221,7 @@ class FrozenDuringTraining(EventCheck):
                 del self._since[name]
             self._were_frozen |= event.frozen
         elif isinstance(event, Backward):
+            self._passes += 1
             self._alternates |= event.reached & self._since.keys()  # frozen for the step alone
         elif isinstance(event, Zero) and event.parameters <= set(self._trained):
             # who clears the gradients of what is frozen knows that it stays so
@@ -188,20 +230,39 @@ class FrozenDuringTraining(EventCheck):
 
     def close(self, state: LoopState) -> Iterator[Fault]:
         """Where the watch ends with parameters that were frozen for at least 3 steps."""
-        well = self._alternates | self._meant | self._warm
+        well = self._alternates | (self._meant - self._restored) | (self._warm - self._slips.keys())
         names = sorted(name for name, times in self._since.items() if times >= 3 and name not in well)
         if not names:
             return
         yield self.fault(
             f"{listed(names)} {agree(len(names), 'was', 'were')} trained until iteration {self._first[names[0]]}, then "
             "frozen, and never trained again",
-            where=f"iteration {self._first[names[0]]}",
+            where=", ".join(filter(None, (at(self._slips.get(names[0]), ""), f"iteration {self._first[names[0]]}"))),
             why="something set `requires_grad` to False during training (a probe, an alternating phase) and did not "
             "restore it",
             fix="restore `requires_grad_(True)` after the phase, in `finally`; accept this warning where they are "
             "frozen on purpose",
             names=names,
         )
+
+
+def _is_in_passing(call: Call) -> bool:
+    """Whether a function that saves or evaluates freezes, and none that says that it does."""
+    frame, found = call.frame, False
+    while frame is not None and not found:
+        name = frame.f_code.co_name.lower()
+        if "free" in name or "froz" in name:
+            return False
+        found = name.strip("_").partition("_")[0] in _PASSING and is_user_code(frame.f_code)
+        frame = frame.f_back
+    return found
+
+
+def _restores(first: Site | None, again: Site | None) -> bool:
+    """Whether a function sets `requires_grad` at two lines, the second time to what it has kept."""
+    if first is None or again is None or first == again or (first.path, first.name) != (again.path, again.name):
+        return False
+    return "False" not in Place(*again).text
 
 
 def _trainable(names: frozenset[str], state: LoopState) -> bool:
