@@ -59,6 +59,15 @@ class Fixed(Net):
             return self.trunk(x)  # type: ignore[no-any-return]
 
 
+class Counted(Net):
+    seen = 0
+
+    def features(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        with torch.set_grad_enabled(self.seen > 100 and torch.is_grad_enabled()):
+            return self.trunk(x)  # type: ignore[no-any-return]
+
+
 def _codes(watched: Any, net: Net) -> list[str]:
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
@@ -76,6 +85,6 @@ def test_a_mode_that_asks_for_the_mode_says_nothing_of_training(watched: Any, ki
     assert _codes(watched, kind()) == ["SL502 trunk.weight"]
 
 
-@pytest.mark.parametrize("kind", [Meant, Tuned, Fixed])
+@pytest.mark.parametrize("kind", [Meant, Tuned, Fixed, Counted])
 def test_a_flag_about_training_is_meant(watched: Any, kind: type[Net]) -> None:
     assert _codes(watched, kind()) == []

@@ -18,6 +18,7 @@ _ABOUT_TRAINING = re.compile(
 )
 _ASKS_THE_MODE = re.compile(r"\bis_grad_enabled\b")
 _NO_SWITCH = re.compile(r"\bNone\b|isinstance|__name__|\bself\.training\b")
+_ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -65,6 +66,8 @@ def _is_conditional(context: ast.expr, around: Sequence[ast.AST]) -> bool:
 
 def _is_about_training(test: ast.expr, around: Sequence[ast.AST]) -> bool:
     """Whether a condition is, by its names and those that it was made of, one about what is trained when."""
+    if any(isinstance(op, _ORDERS) for node in ast.walk(test) if isinstance(node, ast.Compare) for op in node.ops):
+        return True  # a count that passes a limit: from then on it is trained
     names = [node.id for node in ast.walk(test) if isinstance(node, ast.Name)]
     texts = [ast.unparse(value) for value in (test, *(v for name in names for v in _values_of(name, around)))]
     texts = [_ASKS_THE_MODE.sub("", text) for text in texts]  # `flag and torch.is_grad_enabled()` is about the flag
