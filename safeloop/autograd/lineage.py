@@ -148,7 +148,10 @@ class Lineage:
 
     def marks_of(self, tensor: Tensor) -> Iterator[Mark]:
         """The marks that a tensor's value has met, first ones first."""
-        bits = self._state(tensor).marks
+        return self.marks_in(self._state(tensor).marks)
+
+    def marks_in(self, bits: int) -> Iterator[Mark]:
+        """The marks that bits stand for."""
         while bits:
             lowest = bits & -bits
             yield self.marks[lowest.bit_length() - 1]

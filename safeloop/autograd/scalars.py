@@ -26,6 +26,11 @@ class Scalar:
         return bool(self._state.is_used)
 
     @property
+    def marks(self) -> int:
+        """The marks that its value has met, as bits."""
+        return int(self._state.marks)
+
+    @property
     def is_alive(self) -> bool:
         """Whether somebody still holds it."""
         return self._state.keeper() is not None

@@ -43,7 +43,7 @@ class LossNeverUsed(CallCheck, EventCheck):
     attribute (`self.aux_loss`) or a variable that nobody reads (`kl_loss`, `penalty`), and tells at the end those that
     at least 6 iterations have computed, where no backward pass has ever visited one, nobody has added, read, logged
     or printed one, and nobody has kept one. A plain `loss`, those of a validation, and code of installed packages are
-    left alone. Cost: none beyond the tape of calls.
+    left alone; penalties on gradients are SL440. Cost: none beyond the tape of calls.
 
     ## Why it is bad
     The line that adds the term to the loss was lost, or the model keeps it for a loop that does not know: a balance
@@ -135,14 +135,16 @@ class LossNeverUsed(CallCheck, EventCheck):
                 seen.is_used |= scalar.is_used or scalar.is_alive
             self._waiting.clear()
             if self._tape is not None and self._visited:
-                self._sort(self._tape.scalars)
+                self._sort(self._tape)
             self._tape = None
             self._visited.clear()
         return iter(())
 
-    def _sort(self, scalars: list[Scalar]) -> None:
+    def _sort(self, tape: Tape) -> None:
         last: dict[Site, Scalar] = {}
-        for scalar in scalars:
+        for scalar in tape.scalars:
+            if any(mark.kind == "differentiable" for mark in tape.marks_in(scalar.marks)):
+                continue  # a penalty on a gradient has a code of its own
             if scalar.node in self._visited:
                 self._seen.setdefault(scalar.site, _Seen()).is_used = True
             last[scalar.site] = scalar
