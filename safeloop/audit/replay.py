@@ -44,7 +44,7 @@ class TurnReplayer:
         keep = self._random.keep
 
         def capture(frame: Frame) -> None:
-            frame.turn = Turn(rerun, frame.window, keep())
+            frame.turn = tuple.__new__(Turn, (rerun, frame.window, keep()))  # twice as fast as Turn(...)
 
         return capture
 

@@ -76,10 +76,11 @@ class RandomKeeper:
         """A copy of the state; no sync."""
         turn = self._turns
         self._turns = turn + 1
-        is_due = self._is_drawn_from or turn < FIRST_TURNS or not turn % EVERY
-        host = HostState.now() if is_due else None
-        cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda) if self._cuda else ()
-        return RandomState(_cpu_state(), cuda, host)
+        is_due = turn < FIRST_TURNS or self._is_drawn_from or not turn % EVERY
+        if not is_due and not self._cuda:
+            return tuple.__new__(RandomState, (_cpu_state(), (), None))  # its own __new__ is a function of Python's
+        cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda)
+        return RandomState(_cpu_state(), cuda, HostState.now() if is_due else None)
 
     def ran(self, state: RandomState) -> None:
         """Find out whether the turn that began with this state has drawn from Python's or numpy's generator."""

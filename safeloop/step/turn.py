@@ -138,9 +138,10 @@ def explaining(finite: Operation, parts: Parts) -> Operation:
     replayer, gate, observer = parts.replayer, parts.gate, parts.observer
     if replayer is None:
         return finite
+    ran = replayer.ran
 
     def check(frame: Frame) -> None:
-        replayer.ran(frame)
+        ran(frame)
         try:
             finite(frame)
         except FaultError as error:
