@@ -149,6 +149,12 @@ def loss_of_a_view(model: nn.Module, x: Tensor, y: Tensor, step: int) -> None:
         F.cross_entropy(model(x[:6]), y[:6])
 
 
+def loss_after_other_passes(model: nn.Module, x: Tensor, y: Tensor, step: int) -> None:
+    with torch.no_grad():
+        model(data()[0])
+        F.cross_entropy(model(x), y)
+
+
 def hard_samples(model: nn.Module, *_: Any) -> None:
     x, y = data(24)
     with torch.no_grad():
@@ -171,6 +177,7 @@ def no_comparison(model: nn.Module, *_: Any) -> None:
 
 LOOK_ALIKES = [
     *(properly, monte_carlo, monte_carlo_mean, loss_after_the_update, loss_of_a_view, hard_samples),
+    loss_after_other_passes,
     *(eval_now_and_then, no_comparison),
 ]
 
@@ -192,3 +199,15 @@ def test_batch_normalisation_is_told_by_its_own_code() -> None:
         by_loss, lambda: nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.4), nn.Linear(16, 3))
     )
     assert [fault.code for fault in found] == ["SL702"]
+
+
+def test_a_search_without_gradients() -> None:
+    """Who trains by losses alone, without a backward pass, wants the loss of train mode."""
+    torch.manual_seed(0)
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with sl.audit(model=model, optimizers=optimizer, on_fault="collect") as audit:
+        for _ in range(6):
+            by_loss(model)
+            audit.step()
+    assert "SL709" not in [fault.code for fault in audit.faults]
