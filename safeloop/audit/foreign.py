@@ -28,10 +28,10 @@ from safeloop.audit.shims import OptimizerHooks
 from safeloop.audit.stretch import OpenTape, build_tape, is_compiled
 from safeloop.audit.updates import EVERY, Updates, are_bad
 from safeloop.autograd.bad import BadTrace, Source
+from safeloop.autograd.numbers import next_number
 from safeloop.autograd.sites import user_site
 from safeloop.autograd.survey import Survey
 from safeloop.autograd.tape import Call, Tape, unheard
-from safeloop.autograd.tensors import next_node
 from safeloop.checks.check import CallCheck, EventCheck
 from safeloop.checks.evaluation.aliases import KeptStateIsLive
 from safeloop.checks.events import Backward, Event, Iteration, LoopState, Update
@@ -260,7 +260,7 @@ class LoopWatch:
             where = f"step of `{owner}`, iteration {self.journal.iteration}"
             rounded = self._rounded.after(owner, optimizer, user_site())
             self._handle([*self._moved.after(owner, optimizer, where), *rounded])
-            self._lifetimes.updated(owned, next_node())
+            self._lifetimes.updated(owned, next_number())
 
     def _look(self, owner: str, optimizer: Optimizer, event: Update) -> None:
         self._handle(self._guards.after_backward("", f"iteration {self.journal.iteration}"))

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad
 
 from safeloop.audit.journal import Journal, is_zero
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.survey import Survey, leaves_below, survey
 from safeloop.autograd.tape import Call, Listener
 from safeloop.checks.events import Backward, Clip, Held, Stranger
@@ -221,7 +222,7 @@ class Hearing:
         before = _last_factor(one, tape.marks_of(one)) if isinstance(one, Tensor) and one is not out else None
         if one is out:  # in place: the node before is the one below
             below = out.grad_fn.next_functions[0][0] if out.grad_fn is not None else None
-            number = None if below is None else below._sequence_nr()
+            number = None if below is None else number_of(below)
             before = _last_factor(None, tape.marks_of(out), number)
         caller = call.caller
         if caller is not None and caller.f_code.co_filename == grad_scaler.__file__:
@@ -260,7 +261,7 @@ def _is_hooked(leaf: Tensor) -> bool:
 
 
 def _number(tensor: Tensor) -> int:
-    return -1 if tensor.grad_fn is None else int(tensor.grad_fn._sequence_nr())
+    return -1 if tensor.grad_fn is None else number_of(tensor.grad_fn)
 
 
 def _pointer(tensor: Tensor) -> int:

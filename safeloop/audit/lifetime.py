@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from safeloop.audit.opened import opened
 from safeloop.audit.shims import autocast_depth
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site, is_user_code
 from safeloop.autograd.survey import Survey, leaves_below
 from safeloop.autograd.tape import Tape
@@ -60,10 +61,10 @@ class Lifetimes:
         """
         self._tape = tape
         for node, older in found.old:
-            leaves = [self._names[key] for key in leaves_below(older) if self._is_stale(key, older._sequence_nr())]
+            leaves = [self._names[key] for key in leaves_below(older) if self._is_stale(key, number_of(older))]
             if not leaves:
                 continue
-            origin = tape.origin_of(node._sequence_nr())
+            origin = tape.origin_of(number_of(node))
             place = at(origin.site, origin.name) if origin is not None else at(site, "the backward pass")
             if older.name().startswith("ToCopy") and autocast_depth():
                 yield from self._once(_stale(leaves, site, iteration))
@@ -111,7 +112,7 @@ class Lifetimes:
 
     def _made_at(self, kept: Iterable[Tensor]) -> Site | None:
         """The user's line that made the youngest of some tensors."""
-        numbers = [int(tensor.grad_fn._sequence_nr()) for tensor in kept if tensor.grad_fn is not None]
+        numbers = [number_of(tensor.grad_fn) for tensor in kept if tensor.grad_fn is not None]
         origin = self._tape.origins.get(max(numbers, default=-1)) if self._tape is not None else None
         return None if origin is None else origin.site
 
@@ -125,7 +126,7 @@ class Lifetimes:
         last = len(self._starts) - 1
         while waiting and len(seen) < _MOST:
             node = waiting.pop()
-            number = node._sequence_nr()
+            number = number_of(node)
             index = bisect.bisect_right(self._starts, number) - 1
             if index < last - 1:
                 spans.add(index)
@@ -145,7 +146,7 @@ class Lifetimes:
 
 def _oldest(node: Any) -> int:
     """The lowest sequence number of the inner nodes below a node, as far as a walk of some length comes."""
-    lowest = int(node._sequence_nr())
+    lowest = number_of(node)
     waiting, seen = [node], {node}
     while waiting and len(seen) < _MOST:
         current = waiting.pop()
@@ -153,7 +154,7 @@ def _oldest(node: Any) -> int:
             if following is not None and following not in seen and "AccumulateGrad" not in following.name():
                 seen.add(following)
                 waiting.append(following)
-                lowest = min(lowest, int(following._sequence_nr()))
+                lowest = min(lowest, number_of(following))
     return lowest
 
 

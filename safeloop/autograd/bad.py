@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from safeloop.autograd.numbers import number_of
+
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -38,7 +40,7 @@ class BadTrace:
             node = waiting.pop()
             if node.name() == _LEAF:
                 continue
-            self._handles.append(node.register_hook(self._hook(node.name(), int(node._sequence_nr()))))
+            self._handles.append(node.register_hook(self._hook(node.name(), number_of(node))))
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     seen.add(following)

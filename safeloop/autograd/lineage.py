@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safeloop.autograd.numbers import next_number, number_of
 from safeloop.autograd.opnames import ESCAPES, cut_reason
 from safeloop.autograd.scalars import Scalar, is_followed
 from safeloop.autograd.sites import Site, site_of, sites_above, user_frame
-from safeloop.autograd.tensors import in_checkpoint, next_node, node_of, reference_to, tensors_of
+from safeloop.autograd.tensors import in_checkpoint, node_of, reference_to, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Lineage:
         self.names = tuple(name for name, _ in named)
         self._bits = {id(parameter): 1 << i for i, (_, parameter) in enumerate(named)}
         self._paths = {id(module): name or "(root)" for name, module in self._model.named_modules()}
-        self.first_node = next_node()
+        self.first_node = next_number()
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -229,7 +230,7 @@ class Lineage:
             if is_scalar and frame is not None:
                 state.site = site_of(frame)
                 if node is not None and state.live and is_followed():
-                    self.scalars.append(Scalar(node._sequence_nr(), state.site, state))
+                    self.scalars.append(Scalar(number_of(node), state.site, state))
         if live and not results and name in ESCAPES:
             self._cut(name, tensors, out, live, user_frame(3))
         return frame
@@ -253,7 +254,7 @@ class Lineage:
     def _cut(self, name: str, tensors: Sequence[Tensor], result: Any, live: int, frame: FrameType | None) -> int:
         source = next((t for t in tensors if self.live(t)), None)
         made_by = None if source is None else node_of(source)
-        node = None if made_by is None else made_by._sequence_nr()
+        node = None if made_by is None else number_of(made_by)
         made = "" if source is None else self._state(source).maker
         site = None if frame is None else site_of(frame)
         reason = cut_reason(name, result)
@@ -265,7 +266,7 @@ class Lineage:
         return 1 << (len(self.marks) - 1)
 
     def _note(self, node: Any, name: str, frame: FrameType | None) -> None:
-        number = node._sequence_nr()
+        number = number_of(node)
         if number not in self.origins:
             self.origins[number] = Origin(name, None if frame is None else site_of(frame), self.module)
 

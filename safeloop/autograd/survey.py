@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.walk import _OPAQUE
 
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -31,7 +32,7 @@ class Survey:
         """Note that `node` uses what `following` stands for, if that is a leaf; whether it is."""
         if following.name() != _LEAF:
             return False
-        leaf, number = id(following.variable), node._sequence_nr()
+        leaf, number = id(following.variable), number_of(node)
         low, high = self.used_at.get(leaf, (number, number))
         self.used_at[leaf] = min(low, number), max(high, number)
         return True
@@ -54,7 +55,7 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
         if name == _LEAF:
             found.leaves[id(node.variable)] = node.variable
             continue
-        found.numbers.add(node._sequence_nr())
+        found.numbers.add(number_of(node))
         if name == _OPAQUE:
             found.is_complete = False
         for following, _ in node.next_functions:
@@ -64,7 +65,7 @@ def survey(*roots: Tensor, since: int = 0) -> Survey:
             if following in seen:
                 continue
             seen.add(following)
-            if not is_leaf and following._sequence_nr() < since:
+            if not is_leaf and number_of(following) < since:
                 found.old.append((node, following))
             else:
                 waiting.append(following)

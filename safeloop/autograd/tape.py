@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from safeloop.autograd.lineage import Lineage
+from safeloop.autograd.numbers import renumbered
 from safeloop.autograd.opnames import ASKS, SHAPES_ONLY, name_of, writes_to
 from safeloop.autograd.sites import Site, site_of, user_frame
 from safeloop.autograd.tensors import tensors_of
@@ -123,10 +124,10 @@ class Tape(Lineage, TorchFunctionMode):
             self._tell(listeners, Call(self, name, args, kwargs, None, user_frame(2), tensors))
             if self.witness is not None:
                 self._show(self.witness, func, Call(self, name, args, kwargs, None, None, tensors))
-            return func(*args, **kwargs)
+            return self._passed(func, args, kwargs, tensors)
         if not torch.is_grad_enabled():
             self._note_function(sys._getframe(1))
-        out = func(*args, **kwargs)
+        out = self._passed(func, args, kwargs, tensors) if name == "grad" else func(*args, **kwargs)
         frame = None
         try:
             if name not in _OF_GRADIENTS and name not in SHAPES_ONLY:
@@ -143,6 +144,13 @@ class Tape(Lineage, TorchFunctionMode):
                 listeners,
                 Call(self, name, args, kwargs, out, frame or user_frame(2), tensors, _calling(sys._getframe(1))),
             )
+        return out
+
+    def _passed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> Any:
+        """Run a backward pass, of which a graph may be left: in the gradients that it gives or puts into leaves."""
+        with renumbered(tensors) as made:
+            out = func(*args, **kwargs)
+            made += tensors_of(out, 1) if out is not None else [g for p in self.parameters if (g := p.grad) is not None]
         return out
 
     def wrote(self, tensors: Iterable[Tensor]) -> None:

@@ -42,14 +42,6 @@ def node_of(tensor: Tensor) -> Any:
         return None
 
 
-def next_node() -> int:
-    """The sequence number that the next node of this thread gets."""
-    with torch.enable_grad():
-        probe = torch.zeros((), requires_grad=True).view(())
-    assert probe.grad_fn is not None
-    return int(probe.grad_fn._sequence_nr()) + 1
-
-
 def tensors_of(value: Any, depth: int) -> Iterator[Tensor]:
     """The tensors in arguments or results, `depth` levels of containers deep."""
     if isinstance(value, Tensor):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site, code_name
 from safeloop.autograd.survey import leaves_below
 
@@ -114,7 +115,7 @@ class ZeroTrace:
         found = [
             Stop(
                 node.name(),
-                max(int(n._sequence_nr()) for n in (self._givers[node] if kind == "cancelled" else [node])),
+                max(number_of(n) for n in (self._givers[node] if kind == "cancelled" else [node])),
                 frozenset().union(*(leaves_below(way) for way in ways)) - fed,
                 kind,
                 _written(node) if kind == "dropped" else None,
@@ -136,7 +137,7 @@ class ZeroTrace:
             if (hook := _hook_of(node.variable)) is not None:
                 yield Stop(node.name(), -1, leaf, "hooked", _site(hook))
             elif len(givers) > 1 and all(giver.name().partition("Backward")[0] in _SUMS for giver in givers):
-                yield Stop(node.name(), max(int(giver._sequence_nr()) for giver in givers), leaf, "cancelled")
+                yield Stop(node.name(), max(number_of(giver) for giver in givers), leaf, "cancelled")
 
 
 def _hook_of(leaf: Tensor) -> Callable[..., Any] | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from safeloop.autograd.numbers import renumbered
 from safeloop.autograd.sites import code_name
 from safeloop.checks.penalties.gradient import PenaltyWithoutGradient, SecondDerivativeVanishes
 from safeloop.checks.penalties.point import PenaltyOfWrongShape, PenaltyPointNotReached
@@ -67,7 +68,11 @@ class Request:
         if inspection is not None:
             inspection.before(name, penalty, field, self._where(name))
         try:
-            value = penalty.value(field)
+            if inspection is None:
+                value = penalty.value(field)
+            else:
+                with renumbered((field.at, field.values)) as made:
+                    made.append(value := penalty.value(field))
         except NotReached:
             raise self._not_reached(name, "the values were not computed from `at`") from None
         except Vanished:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
@@ -142,7 +143,7 @@ class PathCutByData(CallCheck):
                 others = [call.tape.live(t) for t in call.tensors if t is not tensor]
                 node = call.out.grad_fn if isinstance(call.out, Tensor) else None
                 if weights is not None and node is not None and _covers(others, weights.live):
-                    self._weighed[node._sequence_nr()] = weights
+                    self._weighed[number_of(node)] = weights
             elif call.tape.maker(tensor) == ".data":
                 mark = next((m for m in reversed(marks) if m.name == ".data"), None)
                 if mark is not None and mark.node is not None and not mark.is_difference:
@@ -195,7 +196,7 @@ def _has_node(tensor: Tensor, number: int | None, most: int) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node._sequence_nr() == number:
+        if number_of(node) == number:
             return True
         waiting += [way for way, _ in node.next_functions]
     return False

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from safeloop.autograd.functions import Disagreement, check_function
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
@@ -109,7 +110,7 @@ class CustomGradientWrong(CallCheck):
         for (node, _), factor in zip(out.grad_fn.next_functions, factors, strict=False):
             kinds = _summed_functions(node) if factor is not None else ()
             value = float(factor) if kinds and factor is not None else 1.0
-            self._scaled |= {out.grad_fn._sequence_nr(): (kind, value, call.site) for kind in kinds if value != 1}
+            self._scaled |= {number_of(out.grad_fn): (kind, value, call.site) for kind in kinds if value != 1}
         return iter(())
 
     def visited(self, numbers: frozenset[int] | set[int], functions: Mapping[type, tuple[Any, ...]]) -> Iterator[Fault]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from safeloop.autograd.functions import Disagreement, check_twice
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.second import functions_between
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
@@ -104,7 +105,7 @@ class SecondDerivativeOfFunctionWrong(CallCheck):
             kinds = functions_between(outputs, inputs) - self._known
             for tensor in _tensors(call.out) if kinds else ():
                 if tensor.grad_fn is not None:
-                    self._differentiated[tensor.grad_fn._sequence_nr()] = (kinds, call.site)
+                    self._differentiated[number_of(tensor.grad_fn)] = (kinds, call.site)
         return iter(())
 
     def visited(self, numbers: frozenset[int] | set[int], functions: Mapping[type, tuple[Any, ...]]) -> Iterator[Fault]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at, place_of
@@ -87,7 +88,7 @@ class GradientOfNonLeaf(CallCheck):
         place = at(call.site, "a line")
         line = place_of(call.site)
         text = "" if line is None else line.text
-        number = tensor.grad_fn._sequence_nr()
+        number = number_of(tensor.grad_fn)
         updated = (
             self._updated.get(number) if number < call.tape.first_node else None
         )  # else: fast weights, for a while
@@ -120,4 +121,4 @@ class GradientOfNonLeaf(CallCheck):
         if any(mark.kind == _GRADIENT for mark in call.tape.marks_of(change)):
             if len(self._updated) > _KEPT:
                 self._updated.clear()
-            self._updated[out.grad_fn._sequence_nr()] = at(call.site, call.name)
+            self._updated[number_of(out.grad_fn)] = at(call.site, call.name)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
@@ -145,4 +146,4 @@ def _key(tensor: Tensor) -> _Key | None:
     if not tensor.requires_grad:
         return None
     node = tensor.grad_fn
-    return (-1, id(tensor)) if node is None else (int(node._sequence_nr()), tensor.output_nr)
+    return (-1, id(tensor)) if node is None else (number_of(node), tensor.output_nr)

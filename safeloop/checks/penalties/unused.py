@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.survey import survey
 from safeloop.autograd.tape import Call
@@ -134,5 +135,5 @@ class PenaltyNotInLoss(CallCheck):
         gradient = self._found.setdefault(site, _Gradient())
         gradient.calls += 1
         for tensor in given:
-            gradient.nodes.add(tensor.grad_fn._sequence_nr())
+            gradient.nodes.add(number_of(tensor.grad_fn))
             call.tape.mark(tensor, Mark("differentiable", "grad", "", site, call.tape.module, 0))

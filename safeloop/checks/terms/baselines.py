@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
@@ -122,7 +123,7 @@ class PolicyTrainsBaseline(CallCheck):
         if len(self._scores) + len(self._differences) > _KEPT:
             self._scores.clear()
             self._differences.clear()
-        number = out.grad_fn._sequence_nr()
+        number = number_of(out.grad_fn)
         if is_in_log_prob(call) or (call.name in _CHOICES and _is_of_draws(call)):
             self._scores.add(number)
         elif call.name in _SUBTRACTIONS and _is_of_two(call):
@@ -187,7 +188,7 @@ def _led_to(ends: Container[int], tensor: Tensor, kinds: Container[str]) -> int 
         if node is None or node in seen:
             continue
         seen.add(node)
-        number = int(node._sequence_nr())
+        number = number_of(node)
         if number in ends:
             return number
         if _kind(node) in kinds:
@@ -206,7 +207,7 @@ def _is_of_scores(scores: Container[int], tensor: Tensor) -> bool:
         seen.add(node)
         if node is None:
             return False
-        if int(node._sequence_nr()) in scores:
+        if number_of(node) in scores:
             continue
         ways, kind = _ways(node), _kind(node)
         if kind not in _OF_SCORES or not (len(ways) == 1 or kind in _OF_STEPS):
@@ -236,7 +237,7 @@ def _without(roots: Iterable[Tensor], sides: dict[int, int]) -> tuple[list[int],
         if variable is not None:
             reached.add(id(variable))
             continue
-        number = node._sequence_nr()
+        number = number_of(node)
         side = sides.get(number)
         met += [] if side is None else [number]
         for place, (way, _) in enumerate(node.next_functions):

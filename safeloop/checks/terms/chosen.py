@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck, EventCheck
@@ -106,7 +107,7 @@ class ConstantAlwaysChosen(CallCheck, EventCheck):
         if call.name in _COMPARES:
             self._compared(call)
         elif self._choices and isinstance(call.out, Tensor) and not call.out.dim() and call.out.grad_fn is not None:
-            number = call.out.grad_fn._sequence_nr()
+            number = number_of(call.out.grad_fn)
             for given in call.args[:2]:
                 if isinstance(given, Tensor) and not given.requires_grad:
                     chosen = [m.site for m in call.tape.marks_of(given) if m.kind == _CHOSEN and m.site is not None]

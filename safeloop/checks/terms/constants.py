@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
@@ -89,7 +90,7 @@ class ConstantPartOfLoss(CallCheck):
         if call.name in _DETACHES:
             node = call.tensors[0].grad_fn if call.tensors and call.tensors[0].dim() else None
             if node is not None:
-                self._activations.add(node._sequence_nr())
+                self._activations.add(number_of(node))
         elif call.name not in ADDS:
             self._follow_samples(call)
         elif isinstance(out, Tensor) and not out.dim() and out.grad_fn is not None:
@@ -126,7 +127,7 @@ class ConstantPartOfLoss(CallCheck):
         if len(decided) + len(detached) < len(cuts) or out.grad_fn is None:
             return
         names = call.tape.names_of(cuts[0].live)
-        self._found[out.grad_fn._sequence_nr()] = self.fault(
+        self._found[number_of(out.grad_fn)] = self.fault(
             f"a part of the loss that was computed from {listed(names)} has no graph: it is a constant there",
             where=f"{at(cuts[0].site, 'an unknown line')}; added at {at(call.site, 'the loss')}",
             why=f"its path to the parameters ends in {cuts[0].reason}; it is logged and trains nothing",
@@ -143,7 +144,7 @@ def summands(roots: Iterable[Tensor]) -> Iterator[int]:
     seen: set[int] = set()
     while waiting and len(seen) < _MOST:
         node = waiting.pop()
-        number = node._sequence_nr()
+        number = number_of(node)
         parts = [part for part, _ in node.next_functions if part is not None]
         is_product = node.name() in _FACTORS
         is_constant_factor = len(parts) == 1 and (node.name() != "DivBackward0" or node.next_functions[0][0])
@@ -158,11 +159,11 @@ def parts_of(root: Tensor) -> Iterator[int]:
     """The nodes of what is added up in a loss."""
     if root.grad_fn is None:
         return
-    yield root.grad_fn._sequence_nr()
+    yield number_of(root.grad_fn)
     sums = set(summands([root]))
     waiting: list[Any] = [root.grad_fn]
     while waiting:
         for part, _ in waiting.pop().next_functions:
             if part is not None:
-                yield part._sequence_nr()
-                waiting += [part] if part._sequence_nr() in sums else []
+                yield number_of(part)
+                waiting += [part] if number_of(part) in sums else []

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
@@ -204,4 +205,4 @@ def _is_scalar(node: Any) -> bool:
 
 
 def _number(node: Any) -> int:
-    return -1 if node is None else int(node._sequence_nr())
+    return -1 if node is None else number_of(node)

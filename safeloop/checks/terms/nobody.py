@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from safeloop.autograd.lineage import Mark
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck, EventCheck
@@ -129,7 +130,7 @@ class PartTrainsNobody(CallCheck, EventCheck):
                 cut = max(cuts, key=lambda mark: (mark.live & ~live).bit_count())
                 lost = frozenset(tape.names_of(cut.live & ~live))
                 part = _Part(site, cut, lost, frozenset(tape.names_of(live)))
-                self._parts[tensor.grad_fn._sequence_nr()] = part
+                self._parts[number_of(tensor.grad_fn)] = part
         return iter(())
 
     def summed(self, roots: Iterable[Tensor]) -> Iterator[Fault]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
 from safeloop.checks.source import at
@@ -83,7 +84,7 @@ class NormalisedOverAnother(CallCheck):
         wrong = _of_nll(scores, target) if call.name == "nll_loss" else _of_kl(call, scores, target)
         if wrong:
             self._told.add(place)
-            origin = call.tape.origins.get(node._sequence_nr())
+            origin = call.tape.origins.get(number_of(node))
             made = "" if origin is None else f"; normalised at {at(origin.site, 'a softmax')}"
             yield self.fault(
                 f"the input of {call.name} {list(scores.shape)} is normalised over another dimension than {wrong}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from safeloop.autograd.numbers import number_of
 from safeloop.autograd.sites import Site, call_text, site_of
 from safeloop.autograd.tape import Call
 from safeloop.checks.check import CallCheck
@@ -106,7 +107,7 @@ class NumberInLoss(CallCheck):
             if len(added) == 1 and call.frame is not None:
                 number = self._number_in(added[0], call.frame)
                 if number is not None:
-                    self._sums[call.out.grad_fn._sequence_nr()] = number, call.site
+                    self._sums[number_of(call.out.grad_fn)] = number, call.site
         return iter(())
 
     def summed(self, roots: Iterable[Tensor]) -> Iterator[Fault]:
@@ -135,7 +136,7 @@ class NumberInLoss(CallCheck):
         value = float(tensor) if call.name in ("tolist", "numpy") else float(call.out)
         if not bits or value.is_integer():
             return
-        node = tensor.grad_fn._sequence_nr() if tensor.grad_fn is not None else cuts[-1].node if cuts else None
+        node = number_of(tensor.grad_fn) if tensor.grad_fn is not None else cuts[-1].node if cuts else None
         if node in self._past:
             self._differentiated.add(call.site)
         self._numbers[value] = _Number(call.site, tuple(call.tape.names_of(bits)), node)
