@@ -35,8 +35,9 @@ class Digits(TensorDataset):
             ) from error
         pixels, labels = load_digits(return_X_y=True)
         shape = (-1, 64) if flat else (-1, 1, 8, 8)
-        images = torch.tensor(pixels, dtype=torch.float32).div_(16).reshape(shape)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+        images = torch.tensor(pixels, dtype=torch.float32, device="cpu").div_(16).reshape(shape)
+        generator = torch.Generator().manual_seed(_SPLIT_SEED)
+        order = torch.randperm(len(images), generator=generator, device="cpu")
         num_train = int(len(images) * _TRAIN_FRACTION)
         chosen = order[:num_train] if split == "train" else order[num_train:]
-        super().__init__(images[chosen], torch.tensor(labels, dtype=torch.int64)[chosen])
+        super().__init__(images[chosen], torch.tensor(labels, dtype=torch.int64, device="cpu")[chosen])

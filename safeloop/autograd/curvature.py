@@ -209,9 +209,9 @@ def _minus(vector: Sequence[Tensor], factor: Tensor, other: Sequence[Tensor]) ->
 
 def _largest(diagonal: Sequence[float], beside: Sequence[float]) -> tuple[float, Tensor]:
     """The largest eigenvalue of a symmetric tridiagonal matrix, and its vector."""
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     if beside:
-        off = torch.tensor(beside, dtype=torch.float64)
+        off = torch.tensor(beside, dtype=torch.float64, device="cpu")
         matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     return float(values[-1]), vectors[:, -1]

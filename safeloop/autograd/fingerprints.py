@@ -131,7 +131,7 @@ def _dot(lanes: Tensor, weights: Tensor) -> Tensor:
 @cache
 def _all_weights(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(7)
-    drawn = torch.randint(-(2**62), 2**62, (2 * _SHORT + 8,), generator=generator, dtype=torch.int64)
+    drawn = torch.randint(-(2**62), 2**62, (2 * _SHORT + 8,), generator=generator, dtype=torch.int64, device="cpu")
     return (drawn * 2 + 1).to(device)
 
 

@@ -22,7 +22,7 @@ def packed_state(state: RandomState, tensors: dict[str, Tensor]) -> dict[str, An
         return packed
     version, words, gauss = state.host.python
     name, keys, position, has_gauss, cached = state.host.numpy
-    tensors["random/python"] = torch.tensor(words, dtype=torch.int64)
+    tensors["random/python"] = torch.tensor(words, dtype=torch.int64, device="cpu")
     tensors["random/numpy"] = torch.from_numpy(keys.astype(np.int64))
     return packed | {"python": [version, gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
 

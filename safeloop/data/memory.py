@@ -20,7 +20,7 @@ def in_memory(dataset: Any) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
     """
     indices = None
     while type(dataset) is Subset:
-        picked = torch.as_tensor(dataset.indices, dtype=torch.int64)
+        picked = torch.as_tensor(dataset.indices, dtype=torch.int64, device="cpu")
         indices = picked if indices is None else picked[indices]
         dataset = dataset.dataset
     if not isinstance(dataset, TensorDataset) or hasattr(dataset, "__getitems__"):

@@ -34,9 +34,9 @@ class Order:
     def indices(self, epoch: int) -> Tensor:
         """The samples of an epoch in their order, int64 [num_samples]. The global random state is not touched."""
         if not self.shuffle:
-            return torch.arange(self.num_samples)
+            return torch.arange(self.num_samples, device="cpu")
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-        return torch.randperm(self.num_samples, generator=generator)
+        return torch.randperm(self.num_samples, generator=generator, device="cpu")
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """(start, length) of each batch within `indices`."""

@@ -97,7 +97,7 @@ class Pool:
         if tensor.ndim:
             weight, total = tensor.numel(), tensor.sum(dtype=wide)
         else:  # of a batch without samples nothing counts, not even NaN
-            total = tensor.to(wide) * weight if weight else torch.zeros((), dtype=wide)
+            total = tensor.to(wide) * weight if weight else tensor.new_zeros((), dtype=wide)
         mean = self._means.get(name)
         if name in self._objects or (mean is not None and mean.num_dims != tensor.ndim):
             before = f"had {mean.num_dims}" if mean else f"was a {_kind(self._objects[name])}"
@@ -142,9 +142,9 @@ def _tensor_or_none(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (bool, int, float)):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
-        return torch.as_tensor(np.asarray(value))
+        return torch.as_tensor(np.asarray(value), device="cpu")
     return None
 
 

@@ -148,7 +148,7 @@ class DeferredGate:
 def _copy_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if flag.device.type != "cuda":
         return flag.clone(), None
-    host = torch.empty((), pin_memory=True)
+    host = torch.empty((), device="cpu", pin_memory=True)
     host.copy_(flag, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()

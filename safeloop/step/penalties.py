@@ -67,7 +67,7 @@ class PenaltyReader:
         penalty = self._section(name, request, beside)
         if penalty.every == 1:
             return self._computed(name, request, penalty, is_audited)
-        seed = int(torch.empty((), dtype=torch.int64).random_())
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         if step % penalty.every:
             return None
         with isolated_rng(seed):
