@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -196,5 +197,19 @@ def _built(spec: Spec, groups: list[dict[str, Any]], allow: Collection[str]) -> 
     dampens = spec.arguments().get("dampening")  # torch's fused SGD cannot begin late with it: see `begin_late`
     if spec.accepts("fused") and not says_how and not dampens:
         with suppress(RuntimeError):  # torch's way to say that it has no fused kernel for a device or a dtype
-            return spec.build(groups, allow, fused=True)
+            optimizer = spec.build([dict(group) for group in groups], allow, fused=True)  # torch fills them in
+            _try_fused(optimizer)
+            return optimizer
     return spec.build(groups, allow)
+
+
+def _try_fused(optimizer: Optimizer) -> None:
+    """Raise RuntimeError where torch would at the first update: its constructors do not look at the parameters."""
+    kinds = {(p.device, p.dtype) for group in optimizer.param_groups for p in group["params"]}
+    if any(not dtype.is_floating_point for _, dtype in kinds):
+        raise RuntimeError("fused kernels are for real numbers")
+    if type(optimizer) is torch.optim.Adagrad:  # of the others every device that has a kernel is known to have it
+        for device, dtype in kinds:
+            probe = torch.zeros(1, device=device, dtype=dtype, requires_grad=True)
+            probe.grad = torch.zeros_like(probe)
+            torch.optim.Adagrad([probe], fused=True).step()

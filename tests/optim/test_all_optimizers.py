@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -135,3 +136,44 @@ def test_sparse_adam_beside_adam_has_the_bits_of_the_plain_loop(clip: float | No
     Classify(model=net, data=data, optimizers=optimizers, run={"max_steps": STEPS}, log=OFF).fit()
     for (full, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs), full
+
+
+class Spectral(nn.Module):
+    """A layer with complex weights before one with real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 8, dtype=torch.complex64))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.to(torch.complex64) @ self.weight).abs())
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_complex_parameters_train_without_the_fused_kernel(name: str) -> None:
+    torch.manual_seed(0)
+    net = Spectral()
+    torch.manual_seed(0)
+    plain = Spectral()
+    optimizer = getattr(torch.optim, name)(plain.parameters(), lr=0.01)
+    for x, y in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    run = {"max_steps": STEPS}
+    Classify(model=net, data=batches(), optimizers={"type": name, "lr": 0.01}, run=run, log=OFF).fit()
+    assert all(map(torch.equal, net.parameters(), plain.parameters()))
+
+
+def test_a_fused_kernel_that_only_the_first_update_would_refuse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 does with Adagrad on CUDA."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("`fused=True` requires all the params to be on supported devices")
+
+    monkeypatch.setattr(sys.modules[torch.optim.Adagrad.__module__], "_device_dtype_check_for_fused", refuse)
+    net = make_net("Adagrad")
+    trainer = Classify(model=net, data=batches(), optimizers={"type": "Adagrad"}, run={"max_steps": 2}, log=OFF)
+    trainer.fit()
+    assert not trainer._assembled().owners["main"].is_fused
