@@ -265,8 +265,9 @@ def _bind_finite(node: Finite, parts: Parts) -> Operation:
         try:
             gate.check(frame, owners)
         except FaultError:
-            if keeper is not None:
-                keeper.restore()
+            if keeper is not None:  # a custom step keeps once for all its updates
+                is_same_step = parts.custom is not None and gate.refused and gate.refused.report is frame.report
+                keeper.restore(turns=1 if is_same_step else None)
             raise
         if frame.is_skipped and keeper is not None:
             keeper.restore()

@@ -218,7 +218,7 @@ class CustomRun:
     def __call__(
         self, draw: Callable[[], Any], report: StepReport, *, is_audited: bool = False, wants_modules: bool = False
     ) -> None:
-        """One step; where an update is refused, buffers are as they were when it began (or one step before that)."""
+        """One step; where an update is refused, buffers are as they were when the step of that update began."""
         if self._parts.keeper is not None:
             self._parts.keeper.keep()
         ops = Operations(self._parts, draw, report, is_audited=is_audited, wants_modules=wants_modules)
