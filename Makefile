@@ -14,11 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint format clean
+.PHONY: help demo test test-cuda soak lint format clean
 
 help:
 	@echo "make demo     train on real digits, then print the test accuracy and the TensorBoard address"
-	@echo "make test     all tests"
+	@echo "make test     all tests, on the CPU"
+	@echo "make test-cuda  those that need a CUDA device"
 	@echo "make soak     500 random runs against a naive second implementation, 22,000 healthy steps without a fault"
 	@echo "make lint     ruff, mypy --strict, import order, Dockerfile"
 	@echo "make format   let ruff format and mend what it can"
@@ -29,6 +30,9 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-cuda: $(VENV)/.dev
+	SAFELOOP_TEST_DEVICE=cuda $(BIN)/python -m pytest -m cuda
 
 soak: $(VENV)/.dev
 	OMP_NUM_THREADS=1 SAFELOOP_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) tests/oracle tests/audit/test_healthy_runs.py

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if os.environ.get("SAFELOOP_TEST_DEVICE") != "cuda":  # a run with `device: auto` is compared with loops on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 from torch import nn
 from torch._dynamo import eval_frame
@@ -23,6 +27,14 @@ if programs not in os.environ["PATH"].split(os.pathsep):  # as in an environment
 
 Program = tuple[nn.Module, Callable[[int], Any]]
 """A model, and a function of the iteration that computes its loss, or its loss terms by name."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a device that is not there."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `make test-cuda`"))
 
 
 def pytest_collection_finish() -> None:

@@ -196,7 +196,7 @@ def test_an_exception_of_the_users_is_not_hidden_by_the_flag() -> None:
         trainer(batches(BAD + 3, bad=BAD), Checks).fit()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_no_step_between_two_logs_waits() -> None:
     class Strict(sl.Trainer):
         def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -99,7 +99,7 @@ def test_a_seed_beyond_64_bits_is_accepted():
     seed_everything(2**70)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_cuda_draws_in_an_isolated_region_are_not_seen_outside():
     torch.cuda.init()
     seed_everything(1)

@@ -76,7 +76,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         self.features = self.trunk(x)
-        return [F.cross_entropy(head(self.features), torch.arange(len(x)) % 3) for head in self.heads]
+        return [F.cross_entropy(head(self.features), torch.arange(len(x), device=x.device) % 3) for head in self.heads]
 
 
 TRUNKS = {
@@ -526,7 +526,7 @@ def test_a_gradient_that_cannot_be_laid_out_gives_no_geometry_and_the_right_grad
     assert torch.equal(gradient, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: whether anything waits for it")
+@pytest.mark.cuda
 def test_nothing_waits_for_the_device():
     torch.manual_seed(0)
     net = Net(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), 4).cuda()

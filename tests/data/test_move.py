@@ -182,7 +182,7 @@ def test_cuda_is_refused_where_there_is_none_with_the_reason():
     assert "run.device" in found.fix
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_batches_move_to_cuda():
     device = resolve_device("cuda")
     moved = Mover(torch.device("cuda"))((x(), x()))

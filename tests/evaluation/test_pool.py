@@ -229,7 +229,7 @@ def test_evaluation_data_without_a_batch_is_a_fault():
     assert fault(lambda b: {"a": b}, []).code == "SL851"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_cuda_evaluation_does_not_synchronise_per_batch():
     batches = [torch.ones(3, device="cuda") for _ in range(4)]
 
