@@ -2,7 +2,7 @@
 
 `standard` is compared with `off`; for replay capture, `standard` with the same without what it keeps of each turn.
 
-python benchmarks/audit.py [--rounds 40] [--models mlp cnn gpt]
+python benchmarks/audit.py [--rounds 40] [--models mlp cnn gpt] [--device cuda]
 """
 
 from __future__ import annotations
@@ -69,6 +69,24 @@ Make = Callable[[], tuple[nn.Module, list[Any], int]]
 MODELS: dict[str, Make] = {"mlp": mlp, "cnn": cnn, "gpt": gpt}
 
 
+def on_device(make: Make, device: torch.device) -> Make:
+    """The same on a device."""
+
+    def made() -> tuple[nn.Module, list[Any], int]:
+        model, batches, per_round = make()
+        return model.to(device), [(x.to(device), y.to(device)) for x, y in batches], per_round
+
+    return made
+
+
+def now(device: torch.device) -> float:
+    """Seconds: of this process, as others may use the machine; of the clock where a device works beside it."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def trainer_steps(make: Make, level: str) -> Iterator[None]:
     """Steps of a Trainer, one for each `next`."""
     torch.manual_seed(0)
@@ -77,7 +95,7 @@ def trainer_steps(make: Make, level: str) -> Iterator[None]:
         model=model,
         data=batches,
         optimizers={"type": "AdamW", "lr": 1e-4},
-        run={"max_steps": 10**9},
+        run={"max_steps": 10**9, "device": str(batches[0][0].device)},
         audit={"level": level},
         log={"sinks": []},
     )._assembled()
@@ -106,7 +124,9 @@ def loop_steps(make: Make, level: Any) -> Iterator[None]:
             yield
 
 
-def compare(steps: Callable[[Make, str], Iterator[None]], make: Make, rounds: int) -> tuple[Ratio, Ratio, float, float]:
+def compare(
+    steps: Callable[[Make, str], Iterator[None]], make: Make, rounds: int, device: torch.device
+) -> tuple[Ratio, Ratio, float, float]:
     """Ratios to `off` of `off` again and of `standard`; microseconds of a step at `off`, and those it costs more."""
     per_round = make()[2]
     running = {"off": steps(make, "off"), "again": steps(make, "off"), "standard": steps(make, "standard")}
@@ -116,10 +136,10 @@ def compare(steps: Callable[[Make, str], Iterator[None]], make: Make, rounds: in
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name in random.sample(list(running), len(running)):
-            begin = time.process_time()
+            begin = now(device)
             for _ in range(per_round):
                 next(running[name])
-            times[name].append((time.process_time() - begin) / per_round)
+            times[name].append((now(device) - begin) / per_round)
     extra = sorted(a - b for a, b in zip(times["standard"], times["off"], strict=True))[rounds // 2]
     base = sorted(times["off"])[rounds // 2]
     return ratio(times, "again", "off"), ratio(times, "standard", "off"), 1e6 * base, 1e6 * extra
@@ -130,13 +150,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     start()
     print(f"{'against what is left':24}  {'the same (A/A)':18}  {'with it':18}  us a step")
     kinds = {"Trainer": trainer_steps, "loop of one's own": loop_steps, "replay capture": capture_steps}
     for kind, steps in kinds.items():
         for name in args.models:
-            again, standard, base, extra = compare(steps, MODELS[name], args.rounds)
+            again, standard, base, extra = compare(
+                steps, on_device(MODELS[name], args.device), args.rounds, args.device
+            )
             print(
                 f"{kind:18}{name:6}",
                 f"{again!s:18}",
