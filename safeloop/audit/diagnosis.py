@@ -19,7 +19,7 @@ from safeloop.data.structure import tensors
 from safeloop.faults import Fault
 from safeloop.nonfinite import Birth, Locator
 from safeloop.nonfinite.reading import kind_of
-from safeloop.step.randomness import HostState
+from safeloop.seeds import rng_state
 from safeloop.step.report import Frame, StepReport
 from safeloop.step.turn import Turn
 
@@ -69,10 +69,10 @@ def diagnose(model: nn.Module, turn: Turn, step: int, expected: Mapping[str, Ten
             turn.random.restore()
             if turn.rerun.keeper is not None:
                 turn.rerun.keeper.restore()
-            host = HostState.now()
+            before = rng_state()
             frame = Frame(StepReport(step))
             _run(model, turn, frame, found)
-            is_random_known = turn.random.host is not None or host.is_same(HostState.now())
+            is_random_known = turn.random.covers(before, rng_state())
             found.note = _difference(expected, frame.terms, found, is_random_known=is_random_known)
     except Exception as error:  # the user's code, run once more than it expects: the fault must not be lost for that
         found.error = error
@@ -165,9 +165,7 @@ _REASONS = (
     "something beyond the batch, the weights, the buffers and the random state has a say in it (state that the loss "
     "function keeps, a batch that it edits in place, a random generator of its own, a non-deterministic kernel)"
 )
-_UNKNOWN = (
-    "numpy's or Python's random numbers were drawn for the first time in these steps, and their state was not kept"
-)
+_UNKNOWN = "random numbers were drawn for the first time in these steps, and their state was not kept"
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

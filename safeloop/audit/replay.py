@@ -13,7 +13,7 @@ from safeloop.audit.diagnosis import Diagnosis, diagnose
 from safeloop.audit.telling import told
 from safeloop.faults import Fault, FaultError
 from safeloop.step.bind import Operation
-from safeloop.step.randomness import RandomKeeper
+from safeloop.step.randomness import NOTHING_KEPT, RandomKeeper
 from safeloop.step.report import Frame
 from safeloop.step.turn import Rerun, Turn
 
@@ -24,8 +24,8 @@ Save = Callable[[Turn, Frame, Exception], Path | None]
 class TurnReplayer:
     """Explains what the finite check refuses.
 
-    Cost of a healthy turn: three references and a copy of torch's random state. Nothing else is copied: a turn is
-    looked at before its update, and its buffers are those that the step keeps anyway.
+    Cost of a healthy turn: three references, and a copy of the random state where turns draw from it. Nothing else is
+    copied: a turn is looked at before its update, and its buffers are those that the step keeps anyway.
 
     Args:
         model: what is trained.
@@ -51,7 +51,7 @@ class TurnReplayer:
     def ran(self, frame: Frame) -> None:
         """Look whether the turn has drawn random numbers whose state is costly to keep."""
         turn = frame.turn
-        if turn is not None and turn.random.host is not None:
+        if turn is not None and turn.random is not NOTHING_KEPT:
             self._random.ran(turn.random)
 
     def explained(self, error: FaultError, frame: Frame) -> FaultError:

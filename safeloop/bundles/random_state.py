@@ -14,7 +14,8 @@ from safeloop.step.randomness import HostState, RandomState
 
 def packed_state(state: RandomState, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """`state` as JSON; its larger parts go into `tensors`."""
-    tensors["random/cpu"] = state.cpu.clone()
+    if state.cpu is not None:
+        tensors["random/cpu"] = state.cpu.clone()
     for index, one in state.cuda:
         tensors[f"random/cuda/{index}"] = one.clone()
     packed: dict[str, Any] = {"cuda": [index for index, _ in state.cuda]}
@@ -33,11 +34,12 @@ def unpacked_state(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     Raises:
         ValueError, KeyError, TypeError: it is something else.
     """
-    if tensors["random/cpu"].dtype != torch.uint8:
+    cpu = tensors.get("random/cpu")
+    if cpu is not None and cpu.dtype != torch.uint8:
         raise ValueError("no random state as a bundle writes it")
     here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     cuda = tuple((index, tensors[f"random/cuda/{index}"]) for index in packed["cuda"] if index in here)
-    return RandomState(tensors["random/cpu"], cuda, _host(packed, tensors) if "python" in packed else None)
+    return RandomState(cpu, cuda, _host(packed, tensors) if "python" in packed else None)
 
 
 def _host(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HostState:

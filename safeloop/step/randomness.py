@@ -1,4 +1,4 @@
-"""The random state at the start of each turn, for a replay: kept as cheaply as it stays exact."""
+"""The random state at the start of a turn, for a replay: kept where turns draw from it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safeloop.seeds import RngState
+
 _cpu_state = torch.default_generator.get_state
 FIRST_TURNS = 20
-EVERY = 256
+EVERY = 16
+"""Turns from one copy of torch's state to the next, where no turn is known to draw from it"""
+EVERY_OF_HOST = 256
+"""The same of Python's and numpy's"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,48 +46,66 @@ class HostState:
 
 
 class RandomState(NamedTuple):
-    """All that a turn can draw from. A tuple, as it is made at every turn: a frozen dataclass takes twice as long."""
+    """What a turn can draw from, as far as it was kept. A tuple: a frozen dataclass takes twice as long to make."""
 
-    cpu: Tensor
+    cpu: Tensor | None
+    """None where turns are not known to draw from torch's generators"""
     cuda: tuple[tuple[int, Tensor], ...]
-    """device index -> state, of the devices that the run trains on"""
+    """device index -> state, of the devices that the run trains on; kept where `cpu` is"""
     host: HostState | None
     """None where turns are not known to draw from Python's and numpy's generators"""
 
     def restore(self) -> None:
-        """Put all of it back, bit for bit."""
-        torch.set_rng_state(self.cpu)
+        """Put back what was kept, bit for bit."""
+        if self.cpu is not None:
+            torch.set_rng_state(self.cpu)
         for index, state in self.cuda:
             torch.cuda.set_rng_state(state, index)
         if self.host is not None:
             self.host.restore()
 
+    def covers(self, before: RngState, after: RngState) -> bool:
+        """Whether nothing was drawn between two states but from generators that were kept."""
+        if self.cpu is None and not all(map(torch.equal, (before.torch, *before.cuda), (after.torch, *after.cuda))):
+            return False
+        hosts = (HostState(state.python, state.numpy) for state in (before, after))
+        return self.host is not None or next(hosts).is_same(next(hosts))
+
+
+NOTHING_KEPT = RandomState(None, (), None)
+
 
 class RandomKeeper:
     """`keep()`: the random state now, at the start of a turn; `ran(state)`: forward and backward are over.
 
-    torch's generators are copied at every turn, about 2 us. Python's and numpy's take 60 us, and most turns never draw
-    from them, though the data between two turns may: they are copied on the first 20 turns and every 256th, and on
-    every turn once one has been seen to draw. Only a run whose loss function draws from them for the first time within
-    the last 256 turns is not replayed exactly.
+    A copy of torch's state takes 5 us, of Python's and numpy's 60 us. The data between two turns draws from them, many
+    turns never do: the states are copied on the first 20 turns, then torch's on every 16th and the others' on every
+    256th, and on every turn once one has been seen to draw. Only a turn whose loss function has begun to draw since the
+    last time that somebody looked is not replayed exactly; its replay says so.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
         self._turns = 0
-        self._is_drawn_from = False
+        self._draws_torch = False
+        self._draws_host = False
 
     def keep(self) -> RandomState:
-        """A copy of the state; no sync."""
+        """A copy of what this turn may draw from; no sync."""
         turn = self._turns
         self._turns = turn + 1
-        is_due = turn < FIRST_TURNS or self._is_drawn_from or not turn % EVERY
-        if not is_due and not self._cuda:
-            return tuple.__new__(RandomState, (_cpu_state(), (), None))  # its own __new__ is a function of Python's
-        cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda)
-        return RandomState(_cpu_state(), cuda, HostState.now() if is_due else None)
+        is_first = turn < FIRST_TURNS
+        wants_torch = is_first or self._draws_torch or not turn % EVERY
+        wants_host = is_first or self._draws_host or not turn % EVERY_OF_HOST
+        if not wants_torch and not wants_host:
+            return NOTHING_KEPT
+        cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda) if wants_torch else ()
+        return RandomState(_cpu_state() if wants_torch else None, cuda, HostState.now() if wants_host else None)
 
     def ran(self, state: RandomState) -> None:
-        """Find out whether the turn that began with this state has drawn from Python's or numpy's generator."""
-        if state.host is not None and not self._is_drawn_from:
-            self._is_drawn_from = not HostState.now().is_same(state.host)
+        """Find out what the turn that began with this state has drawn from."""
+        if state.cpu is not None and not self._draws_torch:
+            now = (_cpu_state(), *(torch.cuda.get_rng_state(index) for index in self._cuda))
+            self._draws_torch = not all(map(torch.equal, (state.cpu, *(one for _, one in state.cuda)), now))
+        if state.host is not None and not self._draws_host:
+            self._draws_host = not HostState.now().is_same(state.host)

@@ -301,13 +301,13 @@ class Draws(Root):
     def losses(self, batch):
         terms = super().losses(batch)
         if self.step >= self.since:
-            number = np.random.rand() if self.source == "numpy" else random.random()
+            number = {"numpy": np.random.rand, "python": random.random, "torch": lambda: torch.rand(())}[self.source]()
             terms["fit"] = terms["fit"] * number
         return terms
 
 
-@pytest.mark.parametrize("source", ["numpy", "python"])
-def test_random_numbers_of_numpy_and_python_are_replayed(source):
+@pytest.mark.parametrize("source", ["numpy", "python", "torch"])
+def test_random_numbers_are_replayed(source):
     kind = type("Run", (Draws,), {"source": source})
     bad = FIRST_TURNS + 17
     fault = error_of(trainer(kind, data=batches(bad + 1, bad=(bad,)))).fault
@@ -315,10 +315,12 @@ def test_random_numbers_of_numpy_and_python_are_replayed(source):
     assert "replay" not in fault.why
 
 
-def test_random_numbers_that_are_first_drawn_just_before_are_said_to_be_unknown():
+@pytest.mark.parametrize("source", ["numpy", "torch"])
+def test_random_numbers_that_are_first_drawn_just_before_are_said_to_be_unknown(source):
     bad = FIRST_TURNS + 17
-    kind = type("Run", (Draws,), {"since": bad - 2})
-    fault = error_of(trainer(kind, data=batches(bad + 1, bad=(bad,)))).fault
+    kind = type("Run", (Draws,), {"since": bad - 2, "source": source})
+    without_dropout = nn.Linear(6, 3)
+    fault = error_of(trainer(kind, data=batches(bad + 1, bad=(bad,)), model=without_dropout)).fault
     assert "# the line" in fault.where
     assert "other values" in fault.why
     assert "for the first time" in fault.why
