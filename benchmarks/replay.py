@@ -72,13 +72,16 @@ def steps(run: Any, count: int) -> None:
 
 
 def capture_microseconds(num: int = 20_000) -> float:
-    """One call of what keeps the random state."""
+    """One call of what keeps the random state, in a run whose turns draw from torch's generator."""
     keeper = RandomKeeper([torch.device("cpu")])
-    for _ in range(100):
-        keeper.keep()
+    state = keeper.keep(0)
+    torch.rand(1)
+    keeper.ran(state)
+    for step in range(100):
+        keeper.keep(step)
     started = time.process_time()
-    for _ in range(num):
-        keeper.keep()
+    for step in range(num):
+        keeper.keep(step)
     return (time.process_time() - started) / num * 1e6
 
 
@@ -86,7 +89,7 @@ def replay_ratio(work: str, rounds: int) -> Ratio:
     """A replay under the locator against a step."""
     run = ready(work, captures=True)
     rerun = run._assembly.program.rerun("train")
-    turn = Turn(rerun, (run._assembly.stream.peek(),), RandomKeeper([torch.device("cpu")]).keep())
+    turn = Turn(rerun, (run._assembly.stream.peek(),), RandomKeeper([torch.device("cpu")]).keep(0))
     frame = Frame(StepReport(run.step))
     contenders = {
         "step": Contender(lambda: None, lambda _: steps(run, 1)),

@@ -11,6 +11,8 @@ FIRST_STEPS = 20
 """At level `standard`, steps that are all looked at in depth; they lie outside the budget."""
 LATE = 200
 """Steps after which what has had no gradient yet is not waited for any longer"""
+STRIDE = 17
+"""Plain steps from one whose time is taken to the next"""
 _SMOOTH = 0.2
 _LEAST_GAP = 50
 _MOST_ASKED = 20
@@ -64,6 +66,17 @@ class Budget:
         is_due = self._num_plain >= _KNOWN if self._next is None else step >= self._next
         if self._share and step >= FIRST_STEPS and (was_deep or is_due):
             self._next = step + self.gap
+
+    def after(self, step: int) -> int:
+        """The next step, counted from 0, at which to ask and to take the time; those before it are plain.
+
+        A step may differ from the others with a period, so that the stride is a prime.
+        """
+        if self.level == "full" or self._is_asked or step + 1 < FIRST_STEPS:
+            return step + 1
+        if self._share and self._num_plain < _KNOWN:
+            return step + 1
+        return step + STRIDE if self._next is None else min(step + STRIDE, max(step + 1, self._next))
 
     @property
     def gap(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +77,8 @@ class StepAudit:
         are_separate: bool = False,
     ) -> None:
         self.budget = budget
-        self.is_on = budget.level != "off"
-        """whether any step is looked at in depth"""
+        self.next_look = sys.maxsize if budget.level == "off" else 0
+        """the first step at which `wants` is to be asked, and `done` to be told; those before it are plain"""
         self.first = 0
         """the step of the run at which this watch begins: the first of a stage"""
         self._ledger = ledger
@@ -105,6 +106,7 @@ class StepAudit:
         self._evaluations = 0
         self._is_deep = False
         self._structures: set[tuple[Any, ...]] = set()
+        self._histories = [FIRST_STEPS, LATE]
 
     def wants(self, step: int) -> bool:
         """Whether this step, which begins now, is looked at in depth."""
@@ -122,14 +124,20 @@ class StepAudit:
             if not self._is_deep:
                 self.budget.ask()
         if self._is_deep and own in _SCANS:
-            holders = [*holders_of_modules(self._model)]
-            holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
-            methods = [named for thing in self._holders for named in methods_of(thing)]
-            self.faults([*self._lifetimes.kept([*holders, *methods]), *self._aliases.kept(holders)], step)
+            self._scan(step)
         if self._late_freezing.is_due(own):
             self.faults(self._late_freezing.look(SetupView(self._model, self._ownership), own), step)
-        if own + 1 in (FIRST_STEPS, LATE):
+        if self._histories and own + 1 >= self._histories[0]:
+            del self._histories[0]
             self._tell_history(step, is_over=False)
+        self._is_deep = False
+        self.next_look = self.first + self.budget.after(own)
+
+    def _scan(self, step: int) -> None:
+        holders = [*holders_of_modules(self._model)]
+        holders += [(f"self.{key}", held) for thing in self._holders for key, held in vars_of(thing).items()]
+        methods = [named for thing in self._holders for named in methods_of(thing)]
+        self.faults([*self._lifetimes.kept([*holders, *methods]), *self._aliases.kept(holders)], step)
 
     def finish(self, step: int) -> None:
         """The run is over: tell what only all of it shows."""
@@ -254,6 +262,7 @@ class StepAudit:
             self._ledger.add(faults, step)
             if len(self._ledger.faults) > known and not self._is_deep:
                 self.budget.ask()
+                self.next_look = 0
 
     def _tell(self, step: int) -> None:
         found, self._found[:] = list(self._found), []

@@ -13,7 +13,7 @@ from safeloop.audit.diagnosis import Diagnosis, diagnose
 from safeloop.audit.telling import told
 from safeloop.faults import Fault, FaultError
 from safeloop.step.bind import Operation
-from safeloop.step.randomness import NOTHING_KEPT, RandomKeeper
+from safeloop.step.randomness import EVERY, RandomKeeper
 from safeloop.step.report import Frame
 from safeloop.step.turn import Rerun, Turn
 
@@ -41,24 +41,25 @@ class TurnReplayer:
 
     def capturing(self, rerun: Rerun) -> Operation:
         """What keeps in the frame of a turn what it needs to be run again."""
-        keep = self._random.keep
+        keeper = self._random
 
         def capture(frame: Frame) -> None:
-            frame.turn = tuple.__new__(Turn, (rerun, frame.window, keep()))  # twice as fast as Turn(...)
+            frame.rerun = rerun
+            if not keeper.is_idle or not frame.report.step % EVERY:
+                frame.random = keeper.keep(frame.report.step)
 
         return capture
 
     def ran(self, frame: Frame) -> None:
-        """Look whether the turn has drawn random numbers whose state is costly to keep."""
-        turn = frame.turn
-        if turn is not None and turn.random is not NOTHING_KEPT:
-            self._random.ran(turn.random)
+        """Look what the turn has drawn from."""
+        self._random.ran(frame.random)
 
     def explained(self, error: FaultError, frame: Frame) -> FaultError:
         """The error with the origin of what made the finite check refuse a turn."""
-        if frame.turn is None:
+        turn = frame.turn
+        if turn is None:
             return error
-        found = self._diagnose(frame.turn, frame)
+        found = self._diagnose(turn, frame)
         faults = [error.fault, *error.others]
         is_late = not frame.faults  # read one turn later, and so without the names of parameters
         if is_late and found.faults:
@@ -67,7 +68,7 @@ class TurnReplayer:
         if is_late and "one step later" not in faults[0].where:
             late = f"{faults[0].where}; read one step later, no weight has changed since"
             faults[0] = replace(faults[0], where=late)
-        faults = self._saved(frame.turn, frame, faults, FaultError(faults[0], faults[1:]))
+        faults = self._saved(turn, frame, faults, FaultError(faults[0], faults[1:]))
         return FaultError(faults[0], faults[1:])
 
     def failed(self, error: Exception, frame: Frame) -> Exception:
@@ -85,12 +86,13 @@ class TurnReplayer:
     def skipped(self, frame: Frame) -> list[Fault]:
         """The first time, what the fault would have been, as a warning."""
         is_scale = self._is_scaled and all(math.isfinite(value.item()) for value in frame.terms.values())
-        if self._has_told_skip or frame.turn is None or is_scale:
+        turn = frame.turn
+        if self._has_told_skip or turn is None or is_scale:
             return []
         self._has_told_skip = True
-        found = self._diagnose(frame.turn, frame)
+        found = self._diagnose(turn, frame)
         faults = [told(fault, found, frame.report.step) for fault in frame.faults]
-        faults = self._saved(frame.turn, frame, faults, FaultError(faults[0]))
+        faults = self._saved(turn, frame, faults, FaultError(faults[0]))
         return [
             replace(
                 fault, severity="warning", what=f"{fault.what}; the update was skipped, and further ones are counted"

@@ -47,8 +47,8 @@ class Observer(Protocol):
     """Watches steps and never changes them."""
 
     @property
-    def is_on(self) -> bool:
-        """Whether any step is looked at in depth."""
+    def next_look(self) -> int:
+        """The first step at which `wants` is to be asked, and `done` to be told; those before it are plain."""
 
     def done(self, report: StepReport, seconds: float) -> None:
         """A step is over, after so many seconds."""

@@ -16,7 +16,7 @@ from safeloop.seeds import RngState
 _cpu_state = torch.default_generator.get_state
 FIRST_TURNS = 20
 EVERY = 16
-"""Turns from one copy of torch's state to the next, where no turn is known to draw from it"""
+"""Steps from one copy of torch's state to the next, where no turn is known to draw from it"""
 EVERY_OF_HOST = 256
 """The same of Python's and numpy's"""
 
@@ -76,27 +76,28 @@ NOTHING_KEPT = RandomState(None, (), None)
 
 
 class RandomKeeper:
-    """`keep()`: the random state now, at the start of a turn; `ran(state)`: forward and backward are over.
+    """`keep(step)`: the random state now, at the start of a turn; `ran(state)`: forward and backward are over.
 
     A copy of torch's state takes 5 us, of Python's and numpy's 60 us. The data between two turns draws from them, many
-    turns never do: the states are copied on the first 20 turns, then torch's on every 16th and the others' on every
-    256th, and on every turn once one has been seen to draw. Only a turn whose loss function has begun to draw since the
-    last time that somebody looked is not replayed exactly; its replay says so.
+    turns never do: the states are copied on the first 20 turns, then torch's on every 16th step and the others' on
+    every 256th, and on every turn once one has been seen to draw. Only a turn whose loss function has begun to draw
+    since the last time that somebody looked is not replayed exactly; its replay says so.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.is_idle = False
+        """whether nothing is to be kept between two steps whose number is a multiple of `EVERY`"""
         self._cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
         self._turns = 0
         self._draws_torch = False
         self._draws_host = False
 
-    def keep(self) -> RandomState:
-        """A copy of what this turn may draw from; no sync."""
-        turn = self._turns
-        self._turns = turn + 1
-        is_first = turn < FIRST_TURNS
-        wants_torch = is_first or self._draws_torch or not turn % EVERY
-        wants_host = is_first or self._draws_host or not turn % EVERY_OF_HOST
+    def keep(self, step: int) -> RandomState:
+        """A copy of what a turn of this step may draw from; no sync."""
+        self._turns += 1
+        is_first = self._turns <= FIRST_TURNS
+        wants_torch = is_first or self._draws_torch or not step % EVERY
+        wants_host = is_first or self._draws_host or not step % EVERY_OF_HOST
         if not wants_torch and not wants_host:
             return NOTHING_KEPT
         cuda = tuple((index, torch.cuda.get_rng_state(index)) for index in self._cuda) if wants_torch else ()
@@ -109,3 +110,4 @@ class RandomKeeper:
             self._draws_torch = not all(map(torch.equal, (state.cpu, *(one for _, one in state.cuda)), now))
         if state.host is not None and not self._draws_host:
             self._draws_host = not HostState.now().is_same(state.host)
+        self.is_idle = self._turns >= FIRST_TURNS and not self._draws_torch and not self._draws_host

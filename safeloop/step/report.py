@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from safeloop.step.randomness import NOTHING_KEPT, RandomState
+from safeloop.step.turn import Rerun, Turn
+
 if TYPE_CHECKING:
     from safeloop.faults import Fault
-    from safeloop.step.turn import Turn
 
 Reading = Tensor | float
 """A number that was measured: a 0-d tensor still on its device, or a float where the step had to look at it anyway."""
@@ -84,8 +86,10 @@ class Frame:
     phase: str = ""
     window: Sequence[Any] = ()
     """all micro-batches of the turn"""
-    turn: Turn | None = None
-    """what it takes to run the turn again"""
+    rerun: Rerun | None = None
+    """how to run the turn again; None where it cannot be"""
+    random: RandomState = NOTHING_KEPT
+    """what was kept of the random state at its start"""
     faults: Sequence[Fault] = ()
     """what the finite check found; told where the update is left out"""
     source: str = ""
@@ -114,6 +118,11 @@ class Frame:
     """owner -> its gradients"""
     totals: dict[str, Tensor] = field(default_factory=dict)
     """owner -> norm of its gradients before clipping, 0-d"""
+
+    @property
+    def turn(self) -> Turn | None:
+        """What it takes to run the turn again; made when it is asked for, as every turn would pay for it."""
+        return None if self.rerun is None else Turn(self.rerun, self.window, self.random)
 
     def leave_out(self, term: str) -> None:
         """Count a permitted term as left out of the present micro-batch."""

@@ -110,22 +110,23 @@ def run_step(program: Program, draw: Draw, step: int, *, wants_modules: bool = F
     """
     report = StepReport(step)
     observer = program.observer
-    started = time.perf_counter() if observer.is_on else 0.0
+    is_plain = step < observer.next_look
+    is_audited = not is_plain and observer.wants(step)
+    started = 0.0 if is_plain else time.perf_counter()
     if program.has_turns:
         draw.expect(program.turns(step), program.window)
     try:
-        _run(program, draw, report, wants_modules)
+        _run(program, draw, report, is_audited, wants_modules)
     except DataEnded:
         observer.faults(half_done(report, program.owners), step)
         raise
-    if observer.is_on:
+    if not is_plain:
         observer.done(report, time.perf_counter() - started)
     return report
 
 
-def _run(program: Program, draw: Draw, report: StepReport, wants_modules: bool) -> None:
+def _run(program: Program, draw: Draw, report: StepReport, is_audited: bool, wants_modules: bool) -> None:
     step = report.step
-    is_audited = program.observer.wants(step)
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
     if program.custom is not None:

@@ -14,7 +14,7 @@ from safeloop.plan import Backward, Forward, Node
 from safeloop.plan.simultaneous import SeparateBackward
 from safeloop.step.buffers import BufferKeeper
 from safeloop.step.precision import GradientScale
-from safeloop.step.randomness import RandomState
+from safeloop.step.randomness import NOTHING_KEPT, RandomState
 
 if TYPE_CHECKING:
     from safeloop.optim.owner import Owner
@@ -76,10 +76,10 @@ class Replayer(Protocol):
     """Keeps what a turn needs to be run again, and explains a refused one by doing so."""
 
     def capturing(self, rerun: Rerun) -> Operation:
-        """What leaves a `Turn` in the frame at the start of a turn. Costs microseconds; no sync."""
+        """What leaves in the frame, at the start of a turn, what a `Turn` is made of. No sync."""
 
     def ran(self, frame: Frame) -> None:
-        """Forward and backward of the turn are over."""
+        """Forward and backward of a turn are over of which some random state was kept."""
 
     def explained(self, error: FaultError, frame: Frame) -> FaultError:
         """The error with the origin of what made the finite check refuse a turn."""
@@ -141,7 +141,8 @@ def explaining(finite: Operation, parts: Parts) -> Operation:
     ran = replayer.ran
 
     def check(frame: Frame) -> None:
-        ran(frame)
+        if frame.random is not NOTHING_KEPT:
+            ran(frame)
         try:
             finite(frame)
         except FaultError as error:

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from safeloop.audit.budget import FIRST_STEPS, Budget
+from safeloop.audit.budget import FIRST_STEPS, STRIDE, Budget
 
 
 def simulate(budget: Budget, steps: int, plain: float, deep: float) -> list[int]:
     """The steps that are looked at, where a step takes `plain` seconds, and `deep` when it is looked at."""
-    chosen = []
+    chosen, due = [], 0
     for step in range(steps):
+        if step < due:
+            continue
         is_deep = budget.wants(step)
         chosen += [step] if is_deep else []
         budget.done(step, deep if is_deep else plain, was_deep=is_deep)
+        due = budget.after(step)
     return chosen
+
+
+def test_of_the_later_plain_steps_few_are_timed() -> None:
+    budget, step, asked = Budget("standard", 0.0), 0, []
+    while step < 200:
+        asked.append(step)
+        budget.done(step, 5e-3 if (is_deep := budget.wants(step)) else 1e-3, was_deep=is_deep)
+        step = budget.after(step)
+    assert asked == [*range(FIRST_STEPS), *range(FIRST_STEPS - 1 + STRIDE, 200, STRIDE)]
+    budget.ask()
+    assert budget.after(199) == 200
 
 
 @pytest.mark.parametrize(("level", "expected"), [("off", 0), ("full", 400)])

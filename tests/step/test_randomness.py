@@ -13,12 +13,12 @@ from safeloop.step.randomness import EVERY, EVERY_OF_HOST, FIRST_TURNS, NOTHING_
 DRAWS = {"python": random.random, "numpy": np.random.rand, "torch": lambda: float(torch.rand(1))}
 
 
-def turns(keeper, number, *, before=(), inside=()):
+def turns(keeper, number, *, start=0, before=(), inside=()):
     states = []
-    for _ in range(number):
+    for step in range(start, start + number):
         for source in before:
             DRAWS[source]()
-        states.append(keeper.keep())
+        states.append(keeper.keep(step))
         for source in inside:
             DRAWS[source]()
         keeper.ran(states[-1])
@@ -39,7 +39,9 @@ def test_what_the_data_draws_between_turns_is_not_kept(before):
 def test_what_turns_draw_is_kept_once_it_was_seen(source, every):
     keeper = RandomKeeper([])
     turns(keeper, FIRST_TURNS + 5)
-    late = turns(keeper, every, inside=(source,))
+    assert keeper.is_idle
+    late = turns(keeper, every, start=FIRST_TURNS + 5, inside=(source,))
+    assert not keeper.is_idle
     kept = [(state.cpu if source == "torch" else state.host) is not None for state in late]
     seen = -(FIRST_TURNS + 5) % every  # the next turn at which somebody looks
     assert kept == [False] * seen + [True] * (every - seen)
@@ -52,7 +54,7 @@ def test_a_state_covers_what_was_drawn_from_what_it_keeps(source):
         DRAWS[source]()
         return state.covers(before, rng_state())
 
-    full = RandomKeeper([]).keep()
+    full = RandomKeeper([]).keep(0)
     assert drawn(full)
     assert not drawn(NOTHING_KEPT)
     assert drawn(full._replace(host=None)) == (source == "torch")
@@ -64,7 +66,7 @@ def test_a_state_covers_what_was_drawn_from_what_it_keeps(source):
 @pytest.mark.parametrize("source", ["python", "numpy", "torch"])
 def test_a_kept_state_gives_the_same_numbers_again(source):
     draw = DRAWS[source]
-    state = RandomKeeper([]).keep()
+    state = RandomKeeper([]).keep(0)
     first = [draw() for _ in range(3)]
     state.restore()
     assert [draw() for _ in range(3)] == first
