@@ -107,7 +107,9 @@ class DeferredGate:
     def __init__(self, owners: Iterable[Owner], device: torch.device) -> None:
         self._owners = tuple(owners)
         self._flag = torch.zeros((), device=device)
-        self._pending: tuple[Frame, Tensor, torch.cuda.Event | None] | None = None
+        self._one = torch.ones((), device=device)
+        self._copy = _HostCopy(device)
+        self._pending: Frame | None = None
         self.refused: Frame | None = None
         """the turn that the error now raised is about"""
         for owner in self._owners:
@@ -118,11 +120,11 @@ class DeferredGate:
         measure(owners, frame)
         frame.report.norms.update(frame.totals)
         readings = [x.to(self._flag) for x in (*frame.totals.values(), *frame.terms.values())]
-        if readings:
-            is_bad = torch.stack(readings).isfinite().all().logical_not()
-            self._flag.copy_(torch.maximum(self._flag, is_bad))
+        if readings:  # the kernel of torch's GradScaler: raises the flag, multiplies by 1; one launch
+            torch._amp_foreach_non_finite_check_and_unscale_([torch.stack(readings)], self._flag, self._one)
         self._look_back()
-        self._pending = (frame, *_copy_to_host(self._flag))
+        self._pending = frame
+        self._copy.begin(self._flag)
 
     def finish(self) -> None:
         """Look at the last turn, and give the optimizers back as they were."""
@@ -134,25 +136,31 @@ class DeferredGate:
                     del owner.optimizer.found_inf
 
     def _look_back(self) -> None:
-        if self._pending is None:
-            return
-        frame, host, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        if host.numpy().item():
+        frame, self._pending = self._pending, None
+        if frame is not None and self._copy.value():
             self.refused = frame
             raise FaultError(_deferred_fault(frame))
 
 
-def _copy_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if flag.device.type != "cuda":
-        return flag.clone(), None
-    host = torch.empty((), device="cpu", pin_memory=True)
-    host.copy_(flag, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return host, event
+class _HostCopy:
+    """A number of a device, copied to the host while the device goes on."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._host = torch.empty((), device="cpu", pin_memory=is_cuda)
+        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
+
+    def begin(self, value: Tensor) -> None:
+        """Copy as soon as the device has come to here."""
+        self._host.copy_(value, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def value(self) -> float:
+        """What `begin` was given; waits until it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host.numpy().item())
 
 
 def _view(owners: Sequence[Owner], frame: Frame) -> GradientsView:
