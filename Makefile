@@ -17,13 +17,13 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 .PHONY: help demo test test-cuda soak lint format clean
 
 help:
-	@echo "make demo     train on real digits, then print the test accuracy and the TensorBoard address"
-	@echo "make test     all tests, on the CPU"
+	@echo "make demo       train on real digits, then print the test accuracy and the TensorBoard address"
+	@echo "make test       all tests, on the CPU"
 	@echo "make test-cuda  those that need a CUDA device"
-	@echo "make soak     500 random runs against a naive second implementation, 22,000 healthy steps without a fault"
-	@echo "make lint     ruff, mypy --strict, import order, Dockerfile"
-	@echo "make format   let ruff format and mend what it can"
-	@echo "make clean    remove the virtual environment, caches and build output; runs/ stays"
+	@echo "make soak       500 random runs against a naive second implementation, 22,000 healthy steps without a fault"
+	@echo "make lint       ruff, mypy --strict, import order, Dockerfile"
+	@echo "make format     let ruff format and mend what it can"
+	@echo "make clean      remove the virtual environment, caches and build output; runs/ stays"
 
 demo: $(VENV)/.examples
 	$(BIN)/safeloop train configs/digits.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import safeloop as sl
 from safeloop.audit.budget import FIRST_STEPS
+from safeloop.checks.update.order import SkippedTooOften
 
 SYNCS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.item}
 
@@ -60,11 +62,11 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
-def run(level: str, steps: int = FIRST_STEPS + 10) -> Spy:
+def run(level: str, steps: int = FIRST_STEPS + 10, kind: type[Spy] = Spy) -> Spy:
     torch.manual_seed(1)
     data = [torch.randn(8, 4) for _ in range(4)]
     sgd = {"type": "SGD", "lr": 0.01}
-    trainer = Spy(
+    trainer = kind(
         model=net(),
         data=data,
         optimizers=sgd,
@@ -81,6 +83,22 @@ def test_in_a_trainer_a_later_step_runs_as_without_an_audit() -> None:
     assert any(seen[0].values()), "the first steps are looked at"
     assert seen[FIRST_STEPS:] == run("off").seen[FIRST_STEPS:]
     assert not any(any(one.values()) for one in seen[FIRST_STEPS:])
+
+
+class Told(Spy):
+    """Something new is told on a step that is not looked at."""
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.step == FIRST_STEPS + 5:
+            fault = replace(SkippedTooOften.fault("something new", where="here"), severity="warning")
+            self._assembly.audit.faults([fault], self.step)
+        return super().loss(batch)
+
+
+def test_the_step_after_a_new_fault_is_looked_at() -> None:
+    trainer = run("standard", kind=Told)
+    looked_at = [step for step, left in enumerate(trainer.seen) if any(left.values())]
+    assert looked_at == [*range(FIRST_STEPS), FIRST_STEPS + 6]
 
 
 def plain_loop(level: str | None, steps: int) -> tuple[nn.Module, list[dict[str, int]], list[int]]:
